@@ -1,0 +1,133 @@
+"""Command line: `python -m wsss_lib {toyvoc, pretrain, evaluate}`, for work that outgrows a notebook."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from .paths import cache_folder, shipped
+
+
+def toyvoc(args: argparse.Namespace) -> None:
+    """Draw a ToyVOC tree."""
+    from .data.toyvoc import build_toyvoc, draw_sample, statistics
+
+    build_toyvoc(args.root, args.train, args.val, args.single, args.seed, args.bias, args.processes)
+    counts = {"train": args.train, "val": args.val, "single": args.single}
+    result = {"seed": args.seed, "bias": args.bias,
+              "splits": {split: statistics(args.root, split) for split, count in counts.items() if count}}
+    print(json.dumps(result, indent=1))
+    if args.results:
+        from .reports import write_results
+
+        draw_sample(0, "train", 0)                      # builds the noise bank, once per process
+        started = time.perf_counter()
+        for i in range(300):
+            draw_sample(0, "train", i)
+        result["milliseconds_per_scene"] = round((time.perf_counter() - started) / 300 * 1e3, 2)
+        result["tree_bytes"] = sum(f.stat().st_size for f in Path(args.root).rglob("*") if f.is_file())
+        write_results(args.results, result)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train the toy backbone on mosaics, from image-level labels."""
+    from functools import partial
+
+    import torch
+
+    from . import create_model
+    from .data.toyvoc import build_toyvoc
+    from .training.checkpoints import save_weights
+    from .training.engine import TrainConfig, train
+    from .training.recipes import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
+
+    root = Path(args.root) if args.root else build_toyvoc(cache_folder() / "toyvoc")
+    torch.manual_seed(args.seed)
+    model = create_model("cam", "toyvit", pretrained=args.init or False)
+    recipe = MosaicRecipe(batch=args.batch, singles_until=args.singles_until)
+    batches = MosaicBatches(PictureStore(root, "single"), PictureStore(root, "train"), args.steps,
+                            model.data_config["mean"], model.data_config["std"], recipe, args.seed)
+    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
+    history = train(model, batches, partial(mosaic_loss, recipe=recipe), config, out=args.out, resume=args.resume)
+    record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": history[-1]["pictures"],
+              "seconds": round(history[-1]["seconds"]), "device": args.device, "init": Path(args.init).name if args.init else None,
+              "command": "python -m wsss_lib " + " ".join(sys.argv[1:])}
+    save_weights(Path(args.out) / "toyvit.safetensors", model)
+    (Path(args.out) / "toyvit.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a checkpoint's maps on a split of ToyVOC."""
+    from . import create_model
+    from .data.sample import TRUTHS
+    from .data.voc import VOC
+    from .reports import report, write_results
+
+    model = create_model("cam", "toyvit", pretrained=args.checkpoint or True).to(args.device).eval()
+    data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
+    options = {"scales": tuple(args.scales), "flip": args.flip}
+    result = {method: report(model, data, method, args.background, **options) for method in args.methods}
+    if args.results:
+        write_results(args.results, result)
+    for method, r in result.items():
+        print(f"{method}, {r['split']}, {r['pictures']} pictures, labels given: mAP {r['mean_average_precision']:.3f}, mIoU "
+              f"{100 * r['best']['miou']:.1f} at {r['best']['background']} (oracle), {100 * r['fixed']['miou']:.1f} at "
+              f"{r['fixed']['background']}; coverage {r['coverage']}; background called foreground "
+              f"{r['background_called_foreground']:.3f}")
+
+
+def main() -> None:
+    """Parse the command line and run one command; bad input is reported in one line."""
+    parser = argparse.ArgumentParser(prog="python -m wsss_lib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("toyvoc", help=toyvoc.__doc__)
+    p.add_argument("--root", required=True, help="folder to write the VOC tree to")
+    p.add_argument("--train", type=int, default=6000, help="scenes for training")
+    p.add_argument("--val", type=int, default=500, help="scenes for validation")
+    p.add_argument("--single", type=int, default=16000, help="single-object pictures for pretraining")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--bias", type=float, default=.9, help="how strongly contexts and classes go together, 0..1")
+    p.add_argument("--processes", type=int, help="processes that draw (default: all cores)")
+    p.add_argument("--results", help="write statistics and speed to this JSON file")
+    p.set_defaults(run=toyvoc)
+
+    p = commands.add_parser("pretrain", help=pretrain.__doc__)
+    p.add_argument("--out", required=True, help="folder for checkpoint, log and weights")
+    p.add_argument("--root", help="ToyVOC tree (default: the cached one, drawn if it is not there)")
+    p.add_argument("--steps", type=int, default=3000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--singles-until", type=float, default=.4, help="share of the steps on single-object pictures")
+    p.add_argument("--init", help="weights to start from")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--workers", type=int, default=0)
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    p.set_defaults(run=pretrain)
+
+    p = commands.add_parser("evaluate", help=evaluate.__doc__)
+    p.add_argument("--checkpoint", help="weights (default: the shipped ones)")
+    p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
+    p.add_argument("--split", default="val")
+    p.add_argument("--methods", nargs="+", default=["cam"])
+    p.add_argument("--scales", nargs="+", type=float, default=[1.0])
+    p.add_argument("--flip", action="store_true")
+    p.add_argument("--background", type=float, default=.4, help="fixed threshold reported beside the best one")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--results", help="write the report to this JSON file")
+    p.set_defaults(run=evaluate)
+
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"wsss_lib {args.command}: {error}")
+
+
+if __name__ == "__main__":
+    main()
