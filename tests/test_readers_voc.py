@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from trees import (
-    HEIGHT, VOC_NAMES, WIDTH, voc_mask, voc_tree, write_annotation, write_mask, write_picture, write_split,
+    HEIGHT, VOC_NAMES, WIDTH, message, voc_mask, voc_tree, write_annotation, write_mask, write_picture,
+    write_split,
 )  # fmt: skip
 
 from wsss_lib.data.sample import Sample, multi_hot, read_image, read_mask
@@ -17,12 +18,6 @@ from wsss_lib.data.voc import VOC, VOC_CLASSES, build_train_aug, voc_palette
 @pytest.fixture
 def root(tmp_path):
     return voc_tree(tmp_path / "voc")
-
-
-def message(error, call) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
 
 
 # What is read

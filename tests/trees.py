@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 HEIGHT, WIDTH = 6, 8
 VOC_NAMES = ["2007_000001", "2007_000002", "2007_000003"]
 VOC_OBJECTS = {"2007_000001": ["dog", "dog", "person"], "2007_000002": ["tvmonitor"], "2007_000003": ["cat"]}
+
+
+def message(error: type[Exception], call) -> str:
+    """What `call` says when it raises `error`."""
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
 
 
 def write_picture(path: Path, height: int = HEIGHT, width: int = WIDTH, mode: str = "RGB") -> Path:

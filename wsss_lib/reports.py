@@ -18,7 +18,7 @@ from .data.voc import VOC_CLASSES
 from .evaluation import ThresholdSweep, mean_average_precision
 from .localization import localize
 from .phenomena import ContextActivation, PartCoverage
-from .refinement import scored_maps
+from .refinement import pseudo_labels, scored_maps
 
 FIXED_BACKGROUND = .4      # the threshold reported beside the oracle's: chosen before any score was seen
 
@@ -36,18 +36,25 @@ class LocalizedSplit:
     maps: Tensor
     samples: list
 
-    def scores(self, start: int, stop: int) -> Tensor:
-        """(stop - start, C, H, W): maps normalised to [0, 1] at the size of the truth, absent classes zero."""
-        size = tuple(self.samples[start].image.shape[-2:])
-        return scored_maps(self.maps[start:stop], self.labels[start:stop], size)
+    def scores(self, i: int) -> Tensor:
+        """(1, C, H, W): the maps of picture i, normalised to [0, 1], at its size; absent classes are zero."""
+        return scored_maps(self.maps[i:i + 1], self.labels[i:i + 1], self.samples[i].image.shape[-2:])
+
+    def pseudo_labels(self, i: int, background: float) -> Tensor:
+        """(H, W): the pseudo label of picture i."""
+        size = self.samples[i].image.shape[-2:]
+        return pseudo_labels(self.maps[i:i + 1], self.labels[i:i + 1], background=background, size=size)[0]
 
 
 @torch.no_grad()
 def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int = 50, progress: bool = True,
-                   **options) -> LocalizedSplit:
-    """Run a model over a data set whose pictures have one size, image-level labels given; `options` go to `localize`."""
+                   size: int | None = None, **options) -> LocalizedSplit:
+    """Run a model over a data set, image-level labels given; `options` go to `localize`.
+
+    size: pictures are resized to size x size for the model (truths keep theirs); None: they all have one size.
+    """
     device = next(model.parameters()).device
-    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
+    transform = EvalTransform(size, mean=model.data_config["mean"], std=model.data_config["std"])
     samples, logits, maps, labels = [], [], [], []
     for start in tqdm(range(0, len(data), batch_size), desc=f"{method} on {data.split}", disable=not progress):
         chunk = [data[i] for i in range(start, min(start + batch_size, len(data)))]
@@ -60,13 +67,11 @@ def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int 
     return LocalizedSplit(data.split, torch.cat(logits), torch.cat(labels), torch.cat(maps), samples)
 
 
-def sweep_thresholds(split: LocalizedSplit, chunk: int = 50) -> ThresholdSweep:
+def sweep_thresholds(split: LocalizedSplit) -> ThresholdSweep:
     """The mIoU of every background threshold of a split's pseudo labels, in one pass."""
     sweep = ThresholdSweep(split.maps.shape[1])
-    for start in range(0, len(split.samples), chunk):
-        stop = min(start + chunk, len(split.samples))
-        truth = torch.stack([torch.as_tensor(s.mask) for s in split.samples[start:stop]])
-        sweep.update(split.scores(start, stop), truth)
+    for i, sample in enumerate(split.samples):
+        sweep.update(split.scores(i), torch.as_tensor(sample.mask)[None])
     return sweep
 
 
@@ -76,8 +81,7 @@ def measure_phenomena(split: LocalizedSplit, background: float) -> tuple[PartCov
     coverage = PartCoverage(PART_GROUPS, tuple(VOC_CLASSES.index(c) + 1 for c in QUADRUPEDS))
     activation = ContextActivation(len(VOC_CLASSES), CONTEXT_ID)
     for i, sample in enumerate(split.samples):
-        best, winner = split.scores(i, i + 1)[0].max(0)
-        prediction = torch.where(best > background, winner + 1, 0)
+        prediction = split.pseudo_labels(i, background)
         mask = torch.as_tensor(sample.mask)
         coverage.update(prediction, mask, torch.as_tensor(sample.parts))
         activation.update(prediction, mask, torch.as_tensor(sample.contexts), sample.labels)
