@@ -48,12 +48,14 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = create_model("cam", "toyvit", pretrained=args.init or False)
     recipe = MosaicRecipe(batch=args.batch, singles_until=args.singles_until)
+    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
     batches = MosaicBatches(PictureStore(root, "single"), PictureStore(root, "train"), args.steps,
                             model.data_config["mean"], model.data_config["std"], recipe, args.seed)
-    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
-    history = train(model, batches, partial(mosaic_loss, recipe=recipe), config, out=args.out, resume=args.resume)
-    record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": history[-1]["pictures"],
-              "seconds": round(history[-1]["seconds"]), "device": args.device, "init": Path(args.init).name if args.init else None,
+    loss = partial(mosaic_loss, recipe=recipe)
+    last = train(model, batches, loss, config, out=args.out, resume=args.resume)[-1]
+    record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": last["pictures"],
+              "seconds": round(last["seconds"]), "device": args.device,
+              "init": Path(args.init).name if args.init else None,
               "command": "python -m wsss_lib " + " ".join(sys.argv[1:])}
     save_weights(Path(args.out) / "toyvit.safetensors", model)
     (Path(args.out) / "toyvit.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -74,10 +76,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.results:
         write_results(args.results, result)
     for method, r in result.items():
-        print(f"{method}, {r['split']}, {r['pictures']} pictures, labels given: mAP {r['mean_average_precision']:.3f}, mIoU "
-              f"{100 * r['best']['miou']:.1f} at {r['best']['background']} (oracle), {100 * r['fixed']['miou']:.1f} at "
-              f"{r['fixed']['background']}; coverage {r['coverage']}; background called foreground "
-              f"{r['background_called_foreground']:.3f}")
+        best, fixed = r["best"], r["fixed"]
+        print(f"{method}, {r['split']}, {r['pictures']} pictures, labels given: "
+              f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * best['miou']:.1f} at {best['background']} "
+              f"(oracle), {100 * fixed['miou']:.1f} at {fixed['background']}; coverage {r['coverage']}; "
+              f"background called foreground {r['background_called_foreground']}")
 
 
 def main() -> None:
@@ -91,7 +94,8 @@ def main() -> None:
     p.add_argument("--val", type=int, default=500, help="scenes for validation")
     p.add_argument("--single", type=int, default=16000, help="single-object pictures for pretraining")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--bias", type=float, default=.9, help="how strongly contexts and classes go together, 0..1")
+    p.add_argument("--bias", type=float, default=.9,
+                   help="how strongly contexts and classes go together, 0..1")
     p.add_argument("--processes", type=int, help="processes that draw (default: all cores)")
     p.add_argument("--results", help="write statistics and speed to this JSON file")
     p.set_defaults(run=toyvoc)
@@ -102,7 +106,8 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--singles-until", type=float, default=.4, help="share of the steps on single-object pictures")
+    p.add_argument("--singles-until", type=float, default=.4,
+                   help="share of the steps on single-object pictures")
     p.add_argument("--init", help="weights to start from")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
@@ -117,7 +122,8 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", default=["cam"])
     p.add_argument("--scales", nargs="+", type=float, default=[1.0])
     p.add_argument("--flip", action="store_true")
-    p.add_argument("--background", type=float, default=.4, help="fixed threshold reported beside the best one")
+    p.add_argument("--background", type=float, default=.4,
+                   help="fixed threshold reported beside the best one")
     p.add_argument("--device", default="cpu")
     p.add_argument("--results", help="write the report to this JSON file")
     p.set_defaults(run=evaluate)

@@ -20,6 +20,8 @@ class Course:
 
     train: pictures with image-level labels only, no mask is opened. val: the same with all truths, for scores.
     steps, batch_size, lr: of a classifier's training. backbone: as of `create_model`. image_size: pixels.
+    limit: how many pictures of val a notebook scores (None: all): COCO's 40,504 would fill a Colab machine's memory, so
+    there a notebook shows the first 1000, which is a look and not the benchmark's number.
     """
 
     profile: str
@@ -31,6 +33,7 @@ class Course:
     steps: int
     batch_size: int
     lr: float
+    limit: int | None = None
 
 
 def best_device() -> str:
@@ -64,7 +67,7 @@ def preflight(profile: str = "toy", data_root: str | Path | None = None, device:
     steps, lr = {"toy": (60, 1e-3), "full": (2000, 5e-4), "voc": (6000, 5e-5), "coco": (40000, 5e-5)}[profile]
     print(f"profile {profile} on {device}: {len(train)} pictures to learn from, {len(val)} to score on ({val.split}), "
           f"backbone {backbone} at {size} px")
-    return Course(profile, device, train, val, backbone, size, steps, batch_size, lr)
+    return Course(profile, device, train, val, backbone, size, steps, batch_size, lr, 1000 if profile == "coco" else None)
 
 
 def _large_toyvoc() -> Path:

@@ -23,11 +23,18 @@ def shipped(relative: str) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(
-        f"{relative}: not found as {' or '.join(map(str, tried))}. It ships in the repository's data/ folder: install "
-        f"with `pip install -e .` from a clone, or set WSSS_DATA to a folder that holds it.")
+        f"{relative}: not found as {' or '.join(map(str, tried))}. It ships in the repository's data/ "
+        f"folder: install with `pip install -e .` from a clone, or set WSSS_DATA to a folder that holds it.")
 
 
 def cache_folder() -> Path:
     """Where data sets and runs that do not ship are written: $WSSS_DATA, else data/cache (ignored by git)."""
     named = os.environ.get("WSSS_DATA")
     return Path(named) if named else REPOSITORY / "data" / "cache"
+
+
+def runs_folder(name: str) -> Path:
+    """Where a run leaves what it made: runs/<name> in the repository (ignored by git), created if need be."""
+    folder = REPOSITORY / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

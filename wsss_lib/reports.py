@@ -1,7 +1,8 @@
-"""A model and a labelled split in, a report out: classification, maps, pseudo labels, partial and false activation."""
+"""A model and a labelled split in, a report out: classification, pseudo labels, partial, false activation."""
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -14,8 +15,8 @@ from tqdm.auto import tqdm
 
 from .data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS
 from .data.transforms import EvalTransform
-from .data.voc import VOC_CLASSES
-from .evaluation import ThresholdSweep, mean_average_precision
+from .data.voc import VOC_CLASSES, encode_mask
+from .evaluation import ConfusionMatrix, Scores, ThresholdSweep, mean_average_precision
 from .localization import localize
 from .phenomena import ContextActivation, PartCoverage
 from .refinement import pseudo_labels, scored_maps
@@ -47,17 +48,21 @@ class LocalizedSplit:
 
 
 @torch.no_grad()
-def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int = 50, progress: bool = True,
-                   size: int | None = None, **options) -> LocalizedSplit:
+def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int = 50,
+                   progress: bool = True, size: int | None = None, limit: int | None = None,
+                   **options) -> LocalizedSplit:
     """Run a model over a data set, image-level labels given; `options` go to `localize`.
 
-    size: pictures are resized to size x size for the model (truths keep theirs); None: they all have one size.
+    size: pictures are resized to size x size for the model (truths keep theirs); None: they all have one
+    size. limit: the first so many pictures only.
     """
     device = next(model.parameters()).device
     transform = EvalTransform(size, mean=model.data_config["mean"], std=model.data_config["std"])
     samples, logits, maps, labels = [], [], [], []
-    for start in tqdm(range(0, len(data), batch_size), desc=f"{method} on {data.split}", disable=not progress):
-        chunk = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+    count = min(len(data), limit or len(data))
+    starts = range(0, count, batch_size)
+    for start in tqdm(starts, desc=f"{method} on {data.split}", disable=not progress):
+        chunk = [data[i] for i in range(start, min(start + batch_size, count))]
         images = torch.stack([transform(sample)["image"] for sample in chunk]).to(device)
         present = torch.stack([sample.labels for sample in chunk])
         logits.append(model(images).float().cpu())
@@ -76,8 +81,8 @@ def sweep_thresholds(split: LocalizedSplit) -> ThresholdSweep:
 
 
 def measure_phenomena(split: LocalizedSplit, background: float) -> tuple[PartCoverage, ContextActivation]:
-    """Partial activation (quadrupeds: head group against body group) and false activation by context, of the pseudo
-    labels at one background threshold. Needs parts and contexts: drawn data only."""
+    """Partial activation (quadrupeds: head group against body group) and false activation by context, of the
+    pseudo labels at one background threshold. Needs parts and contexts: drawn data only."""
     coverage = PartCoverage(PART_GROUPS, tuple(VOC_CLASSES.index(c) + 1 for c in QUADRUPEDS))
     activation = ContextActivation(len(VOC_CLASSES), CONTEXT_ID)
     for i, sample in enumerate(split.samples):
@@ -88,40 +93,67 @@ def measure_phenomena(split: LocalizedSplit, background: float) -> tuple[PartCov
     return coverage, activation
 
 
-def report(model: nn.Module, data, method: str = "cam", background: float = FIXED_BACKGROUND, **options) -> dict:
+def _rounded(value: float) -> float | None:
+    """Four decimals; None for nan, which JSON does not have: nothing there to measure."""
+    return None if math.isnan(value) else round(float(value), 4)
+
+
+def report(model: nn.Module, data, method: str = "cam", background: float = FIXED_BACKGROUND,
+           progress: bool = True, **options) -> dict:
     """Score a model's maps on a split of ToyVOC opened with all truths: plain numbers, ready for JSON.
 
-    best: the threshold that maximises mIoU on this very split, an oracle; fixed: the one given. Coverage and context
-    activation are measured at the best threshold, where the labels are at their most complete.
+    best: the threshold that maximises mIoU on this very split, an oracle; fixed: the one given. Coverage and
+    context activation are measured at the best threshold, where the labels are at their most complete. None
+    stands where there was no pixel to measure. options: as of `localize_split`.
     """
     started = time.perf_counter()
-    split = localize_split(model, data, method, **options)
+    split = localize_split(model, data, method, progress=progress, **options)
     sweep = sweep_thresholds(split)
     best = sweep.best(split.name)
     thresholds, miou = sweep.curve()
     chosen = float(thresholds[miou.argmax()])
     coverage, activation = measure_phenomena(split, chosen)
-    rates = {c: {k: round(float(r), 4) for k, r in zip(CONTEXT_ID, row) if r == r}
+    rates = {c: {k: _rounded(r) for k, r in zip(CONTEXT_ID, row) if not math.isnan(r)}
              for c, row in zip(VOC_CLASSES, activation.rates())}
+    fixed = sweep.scores_at(background, split.name)
     return {
-        "method": method, "options": options, "split": split.name, "pictures": len(split.samples), "labels": "given",
-        "mean_average_precision": round(mean_average_precision(split.logits, split.labels)[0], 4),
-        "best": {"background": round(chosen, 2), "miou": round(best.miou, 4), "oracle": True,
-                 "iou": [round(float(v), 4) for v in best.iou]},
-        "fixed": {"background": background, "miou": round(sweep.scores_at(background, split.name).miou, 4), "oracle": False},
-        "coverage": {k: round(v, 4) for k, v in coverage.coverage().items()},
-        "background_called_foreground": round(activation.background_rate(), 4),
+        "method": method, "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
+        "split": split.name, "pictures": len(split.samples), "labels": "given",
+        "mean_average_precision": _rounded(mean_average_precision(split.logits, split.labels)[0]),
+        "best": {"background": round(chosen, 2), "miou": _rounded(best.miou), "oracle": best.oracle,
+                 "iou": [_rounded(v) for v in best.iou]},
+        "fixed": {"background": background, "miou": _rounded(fixed.miou), "oracle": fixed.oracle},
+        "coverage": {k: _rounded(v) for k, v in coverage.coverage().items()},
+        "background_called_foreground": _rounded(activation.background_rate()),
         "context_activation": rates, "seconds": round(time.perf_counter() - started, 1),
     }
 
 
+def write_pseudo_labels(split: LocalizedSplit, background: float, folder: str | Path) -> Scores:
+    """Write a split's pseudo labels as palette PNGs, named like the pictures, and scores.json beside them."""
+    folder, confusion = Path(folder), ConfusionMatrix(split.maps.shape[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, sample in enumerate(split.samples):
+        mask = split.pseudo_labels(i, background)
+        (folder / f"{sample.name}.png").write_bytes(encode_mask(mask.numpy().astype("uint8")))
+        confusion.update(mask, torch.as_tensor(sample.mask))
+    scores = confusion.scores(split.name)
+    record = {"background": background, **scores.to_json()}
+    (folder / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
+    return scores
+
+
 def write_results(path: str | Path, result: dict) -> Path:
-    """Write a ledger entry as JSON with the command, the machine kind and the versions that made it."""
+    """Write a ledger entry as JSON with the command, the machine kind and the versions that made it.
+
+    ValueError for nan or infinite numbers, which JSON does not have; a file that was there stays as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "torch": torch.__version__,
               "python": platform.python_version(), "machine": platform.machine()}
+    content = json.dumps({**header, **result}, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({**header, **result}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
     return path

@@ -6,6 +6,7 @@ http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from .sample import TRUTHS, Sample, check_truth, check_unique, multi_hot, read_image, read_mask
@@ -44,6 +46,15 @@ def voc_palette() -> np.ndarray:
         channel, depth = bit % 3, bit // 3
         palette[:, channel] |= ((index >> bit & 1) << (7 - depth)).astype(np.uint8)
     return palette
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """(H, W) uint8 -> PNG bytes with VOC's palette."""
+    image = Image.fromarray(mask, "L")
+    image.putpalette(voc_palette().tobytes())       # mode L -> P, the indices stay
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 class VOC(Dataset):

@@ -46,13 +46,14 @@ def cam(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return maps.masked_fill((labels == 0).to(maps.device)[:, :, None, None], 0)
 
 
+@torch.enable_grad()
 def grad_cam(model: nn.Module, images: Tensor, labels: Tensor, layer: int | None = None) -> Tensor:
     """Grad-CAM: relu(sum_d alpha_cd f_jd), alpha_cd = mean over patches of dy_c/df_jd: (B, C, h, w).
 
     Arguments and output as of `cam`.
     layer None: f are the features that the patch head reads, y_c is the pooled patch logit. Then Grad-CAM is
-    CAM / (h*w) for any pooling of the top k: y_c = (1/k) sum_{j in top k} w_c . f_j, so dy_c/df_jd is w_cd / k
-    at k patches and 0 elsewhere, and its mean over the h*w patches is w_cd / (h*w).
+    CAM / (h*w) for any pooling of the top k: y_c = (1/k) sum_{j in top k} w_c . f_j, so dy_c/df_jd is
+    w_cd / k at k patches and 0 elsewhere, and its mean over the h*w patches is w_cd / (h*w).
     layer int: f are the patch tokens that this block puts out (negative counts from the last), y_c is the
     model's logit, `model(images)`. At the last block, still before the final norm, it is no longer CAM.
 
@@ -82,13 +83,12 @@ def _from_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final features (B, D, h, w) as a leaf, and the pooled patch logits (B, C) as a function of them."""
     with torch.no_grad():  # nothing is differentiated through the backbone
         features = model.forward_heads(images).features
-    with torch.enable_grad():
-        features = features.detach().requires_grad_()
-        return features, model.pool_logits(model.patch_logits(features))
+    features = features.detach().requires_grad_()
+    return features, model.pool_logits(model.patch_logits(features))
 
 
 def _from_block(model: nn.Module, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Patch tokens of a block's output (B, D, h, w) as a leaf, and the logits (B, C) as a function of them."""
+    """Patch tokens of a block's output (B, D, h, w) as a leaf, and the logits (B, C) that follow."""
     blocks, prefix = model.backbone.blocks, model.num_prefix_tokens
     if isinstance(layer, bool) or not isinstance(layer, int) or not -len(blocks) <= layer < len(blocks):
         raise ValueError(f"layer: found {layer}, expected None or a block, {-len(blocks)}..{len(blocks) - 1}")
@@ -98,12 +98,12 @@ def _from_block(model: nn.Module, images: Tensor, layer: int) -> tuple[Tensor, T
         # A fresh leaf: the graph starts here, also where the weights are frozen, and not at the picture.
         first, patches = split_tokens(tokens.detach(), prefix, grid)
         seen.append(patches.requires_grad_())
-        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)  # (B, D, h, w) -> (B, P + h*w, D)
+        # (B, D, h, w) -> (B, h*w, D) -> (B, P + h*w, D)
+        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
 
     handle = blocks[layer].register_forward_hook(cut)
     try:
-        with torch.enable_grad():
-            logits = model(images)
+        logits = model(images)
     finally:
         handle.remove()
     return seen[0], logits

@@ -28,7 +28,8 @@ def localize(
     images: float (B, 3, H, W), normalised; labels (B, C) multi-hot. method: one of METHODS; kw are its own.
     Each scale (and with flip its mirror image) is a pass of its own, on images resized to the multiple of the
     model's patch stride that is nearest. The maps are mirrored back, resized bilinearly (align_corners False)
-    to the grid of the largest scale, and averaged as they are; scales whose raw maps are larger count for more.
+    to the grid of the largest scale, and averaged raw: a scale with larger values counts for more
+    (Grad-CAM falls with the number of patches, so there small scales do).
     One scale without flip is the method's own map, bit for bit, if the images fit the stride.
     Raises ValueError for an unknown method, wrong images, labels or scales, and as the method.
     """
@@ -43,7 +44,10 @@ def localize(
         found = METHODS[method](model, view, labels, **kw)
         maps.append(found.flip(-1) if flipped else found)
     grid = max(m.shape[-2:] for m in maps)  # the largest scale has both the most rows and the most columns
-    resized = [
-        m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in maps
-    ]
-    return resized[0] if len(resized) == 1 else sum(resized[1:], resized[0]) / len(resized)
+    maps = [_resize(m, grid) for m in maps]
+    return sum(maps[1:], maps[0]) / len(maps)  # (for one view maps / 1, the same bits)
+
+
+def _resize(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    same = maps.shape[-2:] == grid
+    return maps if same else F.interpolate(maps, grid, mode="bilinear", align_corners=False)

@@ -23,7 +23,8 @@ def normalize_maps(maps: Tensor, mode: str = "max") -> Tensor:
     low = maps.amin(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
     if mode == "max":
         if low.min() < 0:
-            raise ValueError(f"maps: found {low.min().item():.4g}, expected no negative value: relu them, or use 'minmax'")
+            found = f"{low.min().item():.4g}"
+            raise ValueError(f"maps: found {found}, expected no negative value: relu them, or use 'minmax'")
     else:
         maps = maps - low
     high = maps.amax(dim=(2, 3), keepdim=True)

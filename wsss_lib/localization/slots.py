@@ -1,8 +1,9 @@
 """Class slots: one backward pass serves a whole batch, though its pictures show different classes.
 
-Slot k holds the k-th present class of each picture. Pictures do not mix inside the network, so the gradient of
-the sum over the batch of each picture's own slot-k logit is, picture by picture, the gradient of that logit.
-A batch needs as many backward passes as its richest picture has classes (2 or 3), not one per picture and class.
+Slot k holds the k-th present class of each picture. Pictures do not mix inside the network, so the gradient
+of the sum over the batch of each picture's own slot-k logit is, picture by picture, the gradient of that
+logit. A batch needs as many backward passes as its richest picture has classes (2 or 3), not one per picture
+and class.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+__all__ = ["ConvStem", "create_backbone", "forward_tokens", "num_class_tokens", "patch_stride",
+           "split_tokens", "token_grid"]  # timm's registry adds toyvit
+
 GROUPS = 8
 
 default_cfgs = generate_default_cfgs({  # where timm's registry looks for the input that a model expects
@@ -150,7 +153,7 @@ def token_grid(backbone: nn.Module, images: Tensor) -> tuple[int, int]:
     fixed = tuple(backbone.patch_embed.img_size or ())
     if fixed and fixed != (height, width) and not getattr(backbone, "dynamic_img_size", False):
         expected = "x".join(map(str, fixed))
-        raise ValueError(f"images: found {height}x{width} pixels, expected {expected}: this backbone has one size")
+        raise ValueError(f"images: found {height}x{width} pixels, expected {expected}, its only size")
     return height // stride, width // stride
 
 

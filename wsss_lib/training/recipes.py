@@ -1,9 +1,9 @@
 """Mosaic pretraining: teach a small ViT where things are from image-level labels alone.
 
-A picture-level loss is satisfied by any patch that gives the class away, background included: a classifier trained
-on pooled patch logits floods the picture. A mosaic of four pictures says more with the same labels: the patches of
-a quadrant must name *its* picture's classes and not its neighbours', although attention sees all four. No mask, no
-box, nothing but image-level labels is used.
+A picture-level loss is satisfied by any patch that gives the class away, background included: a classifier
+trained on pooled patch logits floods the picture. A mosaic of four pictures says more with the same labels:
+the patches of a quadrant must name *its* picture's classes and not its neighbours', although attention sees
+all four. No mask, no box, nothing but image-level labels is used.
 
 Two stages on one schedule: single-object pictures (softmax cross entropy works there), then scenes.
 """
@@ -25,9 +25,9 @@ from .engine import step_seed
 class MosaicRecipe:
     """Hyper-parameters of the pretraining (shares are of a batch, of the steps or of the patches).
 
-    batch: pictures and mosaics together. mosaics: share that are mosaics. singles_until: share of the steps spent on
-    single-object pictures. quadrant_share: share of a quadrant's patches whose logits are averaged into its
-    prediction; a whole picture uses the model's own `pool`.
+    batch: pictures and mosaics together. mosaics: share that are mosaics. singles_until: share of the steps
+    spent on single-object pictures. quadrant_share: share of a quadrant's patches whose logits are averaged
+    into its prediction; a whole picture uses the model's own `pool`.
     """
 
     batch: int = 32
@@ -53,7 +53,10 @@ class PictureStore:
 
 
 def augment(images: Tensor, smallest: float, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Random crop (scale in [smallest, 1], slight change of aspect), flip, contrast and tint: (B, 3, *size)."""
+    """Random crop (scale in [smallest, 1], slight change of aspect), flip, contrast and tint.
+
+    images: (B, 3, H, W) -> (B, 3, *size).
+    """
     count = len(images)
 
     def uniform(*shape: int) -> Tensor:
@@ -67,7 +70,8 @@ def augment(images: Tensor, smallest: float, size: tuple[int, int], generator: t
     sx = (sy * (1 + .15 * normal(count, 1).clamp(-1, 1))).clamp(max=1)
     tx, ty = (2 * uniform(count, 1) - 1) * (1 - sx), (2 * uniform(count, 1) - 1) * (1 - sy)
     mirror, zero = torch.where(uniform(count, 1) < .5, -1., 1.), torch.zeros(count, 1)
-    theta = torch.stack([torch.cat([sx * mirror, zero, tx], 1), torch.cat([zero, sy, ty], 1)], 1)    # (B, 2, 3)
+    row_x, row_y = torch.cat([sx * mirror, zero, tx], 1), torch.cat([zero, sy, ty], 1)
+    theta = torch.stack([row_x, row_y], 1)                            # 2 x (B, 3) -> (B, 2, 3)
     grid = F.affine_grid(theta, [count, 3, *size], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
@@ -75,8 +79,9 @@ def augment(images: Tensor, smallest: float, size: tuple[int, int], generator: t
 class MosaicBatches:
     """step -> batch, a pure function of (seed, step).
 
-    A batch: image (n + m, 3, S, S), the last m of them mosaics; labels (n, C); quadrants (m, 4, C), the labels of a
-    mosaic's upper left, upper right, lower left and lower right picture; cut (row, column) in patches; single (bool).
+    A batch: image (n + m, 3, S, S), the last m of them mosaics; labels (n, C); quadrants (m, 4, C), labels
+    of a mosaic's upper left, upper right, lower left and lower right picture; cut (row, column) in patches;
+    single (bool): whether the step belongs to the first stage; pictures, the number drawn.
     """
 
     def __init__(self, singles: PictureStore, scenes: PictureStore, steps: int, mean: Tensor, std: Tensor,
@@ -99,7 +104,9 @@ class MosaicBatches:
             images = torch.cat([images, mosaic])
         return {"image": (images - self.mean) / self.std, **batch}
 
-    def _mosaics(self, count: int, single: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def _mosaics(
+        self, count: int, single: bool, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
         patches = self.size // self.stride
         low = patches // 3 + 1
         row, column = (torch.randint(low, patches - low + 1, (2,), generator=generator)).tolist()
@@ -112,7 +119,8 @@ class MosaicBatches:
                 b, yb = self.scenes.draw(half, generator)
                 order = torch.randperm(count, generator=generator)
                 images, y = torch.cat([a, b])[order], torch.cat([ya, yb])[order]
-                cells.append(augment(F.avg_pool2d(images, 2), .7, (h * self.stride, w * self.stride), generator))
+                size = h * self.stride, w * self.stride
+                cells.append(augment(F.avg_pool2d(images, 2), .7, size, generator))
                 labels.append(y)
             rows.append(torch.cat(cells, 3))
         return torch.cat(rows, 2), torch.stack(labels, 1), (row, column)
@@ -124,15 +132,18 @@ def top_mean(patch_logits: Tensor, share: float) -> Tensor:
     return flat.topk(max(2, round(share * flat.shape[-1])), dim=-1).values.mean(-1)
 
 
-def mosaic_loss(model: nn.Module, batch: dict, step: int, recipe: MosaicRecipe = MosaicRecipe()) -> dict[str, Tensor]:
+def mosaic_loss(
+    model: nn.Module, batch: dict, step: int, recipe: MosaicRecipe = MosaicRecipe()
+) -> dict[str, Tensor]:
     """Losses of the class head and the patch head on pictures, and of both on mosaics.
 
-    class, patch: cross entropy on single-object pictures, multi-label soft margin on scenes. union: the class head
-    names all classes of a mosaic. quadrant: the patch head names each quadrant's own classes and no others.
+    class, patch: cross entropy on single-object pictures, multi-label soft margin on scenes. union: the class
+    head names all classes of a mosaic. quadrant: the patch head names each quadrant's own classes, no others.
     """
     out = model.forward_heads(batch["image"])
     labels, single, n = batch["labels"], batch["single"], len(batch["labels"])
-    class_logits, patch_logits, pooled = out.class_logits.float(), out.patch_logits.float(), out.pooled.float()
+    class_logits, patch_logits, pooled = (
+        x.float() for x in (out.class_logits, out.patch_logits, out.pooled))
 
     def entropy(logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target.argmax(1), label_smoothing=recipe.label_smoothing)
@@ -143,12 +154,14 @@ def mosaic_loss(model: nn.Module, batch: dict, step: int, recipe: MosaicRecipe =
     if "quadrants" in batch:
         row, column = batch["cut"]
         maps = patch_logits[n:]
-        parts = (maps[..., :row, :column], maps[..., :row, column:], maps[..., row:, :column], maps[..., row:, column:])
+        parts = [cell for band in (maps[..., :row, :], maps[..., row:, :])
+                 for cell in (band[..., :column], band[..., column:])]
         losses["union"] = 2 * margin(class_logits[n:], batch["quadrants"].amax(1))
         terms = []
         for part, target in zip(parts, batch["quadrants"].unbind(1)):
             logits = top_mean(part, recipe.quadrant_share)
-            terms.append(.5 * entropy(logits, target) + margin(logits, target) if single and (target.sum(1) == 1).all()
+            one_each = single and (target.sum(1) == 1).all()
+            terms.append(.5 * entropy(logits, target) + margin(logits, target) if one_each
                          else 3 * margin(logits, target))
         losses["quadrant"] = torch.stack(terms).mean()
     return losses

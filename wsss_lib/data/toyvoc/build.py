@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..voc import VOC_CLASSES, voc_palette
+from ..voc import VOC_CLASSES, encode_mask
 from .scenes import BIAS, SIZE, SPLITS, ToySample, draw_sample
 
 FOLDERS = {"mask": "SegmentationClass", "instances": "SegmentationObject", "parts": "SegmentationPart",
@@ -107,15 +107,6 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 -> JPEG bytes, colours at full resolution (half-resolution colours show at this size)."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "JPEG", quality=88, subsampling=0)
-    return out.getvalue()
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """(H, W) uint8 -> PNG bytes with VOC's palette."""
-    image = Image.fromarray(mask, "L")
-    image.putpalette(voc_palette().tobytes())       # mode L -> P, the indices stay
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 

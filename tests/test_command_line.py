@@ -1,0 +1,155 @@
+"""The command line: what it writes is reproducible, and bad input is one line, not a traceback."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wsss_lib.__main__ import main
+from wsss_lib.data.toyvoc import build_toyvoc
+from wsss_lib.paths import REPOSITORY
+
+COUNTS = ("--train", "3", "--val", "2", "--single", "2", "--processes", "1")
+
+
+def shell(*args: object) -> subprocess.CompletedProcess:
+    """`python -m wsss_lib ...` as a user runs it."""
+    command = [sys.executable, "-m", "wsss_lib", *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The same within this process."""
+    def call(*args: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["wsss_lib", *map(str, args)])
+        main()
+    return call
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return build_toyvoc(tmp_path_factory.mktemp("toyvoc"), 4, 3, 4, processes=1, progress=False)
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Relative name -> hash of each file."""
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in sorted(root.rglob("*")) if f.is_file()}
+
+
+def error_of(call, *args: object) -> str:
+    """The message with which the command exits."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args)
+    assert isinstance(caught.value.code, str), "a text is printed to stderr, with exit status 1"
+    assert "\n" not in caught.value.code
+    return caught.value.code
+
+
+def test_toyvoc_draws_the_same_bytes_twice_and_refuses_to_mix_seeds(tmp_path):
+    roots = tmp_path / "a", tmp_path / "b"
+    for root in roots:
+        done = shell("toyvoc", "--root", root, "--seed", 5, *COUNTS)
+        assert done.returncode == 0, done.stderr
+        printed = json.loads(done.stdout)
+        assert {split: s["pictures"] for split, s in printed["splits"].items()} == {"train": 3, "val": 2, "single": 2}
+    files = digests(roots[0])
+    assert len(files) == 7 * 6 + 4                          # picture, annotation, 4 masks; 3 lists, the manifest
+    assert files == digests(roots[1])
+
+    refused = shell("toyvoc", "--root", roots[0], "--seed", 6, *COUNTS)
+    assert refused.returncode == 1 and refused.stdout == ""
+    lines = refused.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in refused.stderr
+    for part in ("wsss_lib toyvoc", str(roots[0] / "toyvoc.json"), "seed", "found 5", "expected 6"):
+        assert part in lines[0]
+    assert digests(roots[0]) == files
+
+
+def test_help_lists_the_commands(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    for command in ("toyvoc", "pretrain", "evaluate"):
+        assert f"\n    {command} " in said
+
+
+@pytest.mark.parametrize("args", [(), ("no_such",), ("toyvoc",), ("evaluate", "--background", "much")])
+def test_a_wrong_command_line_prints_usage(run, capsys, args):
+    with pytest.raises(SystemExit) as caught:
+        run(*args)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m wsss_lib")
+
+
+def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("pretrain", "--root", tree, "--out", out, "--steps", 3, "--batch", 4, "--singles-until", .5, "--seed", 2)
+    record = json.loads((out / "toyvit.json").read_text())
+    assert (record["seed"], record["steps"], record["init"]) == (2, 3, None)
+    assert record["recipe"]["batch"] == 4 and record["pictures"] == 3 * (2 + 4 * 2)
+    assert record["command"].startswith("python -m wsss_lib pretrain --root")
+    weights = load_file(out / "toyvit.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+    capsys.readouterr()
+
+    results = tmp_path / "results" / "cam.json"
+    run("evaluate", "--checkpoint", out / "toyvit.safetensors", "--root", tree, "--background", .3, "--flip",
+        "--methods", "cam", "grad_cam", "--results", results)
+    found = json.loads(results.read_text(), parse_constant=lambda token: pytest.fail(f"found {token} in JSON"))
+    for method in ("cam", "grad_cam"):
+        entry = found[method]
+        assert (entry["method"], entry["split"], entry["pictures"]) == (method, "val", 3)
+        assert entry["fixed"]["background"] == .3
+        assert 0 < entry["fixed"]["miou"] <= entry["best"]["miou"] <= 1
+        assert entry["options"] == {"scales": [1.0], "flip": True}
+    assert found["torch"] == torch.__version__
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in printed] == ["cam", "grad_cam"]
+    assert all("(oracle)" in line and ", val, 3 pictures" in line for line in printed)
+
+
+def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run, tree, tmp_path):
+    args = "pretrain", "--root", tree, "--out", tmp_path, "--steps", 1, "--batch", 2
+    run(*args)
+    weights = (tmp_path / "toyvit.safetensors").read_bytes()
+    run(*args)
+    assert (tmp_path / "toyvit.safetensors").read_bytes() == weights
+    assert str(tmp_path / "checkpoint.safetensors") in error_of(run, *args, "--no-resume")
+
+
+@pytest.mark.parametrize("args, parts", [
+    (("evaluate", "--split", "tset"), ("wsss_lib evaluate", "split", "tset", "val")),
+    (("evaluate", "--checkpoint", "no_such.safetensors"), ("wsss_lib evaluate", "no_such.safetensors")),
+    (("evaluate", "--methods", "cma"), ("method", "cma", "cam")),
+    (("pretrain", "--steps", "0"), ("wsss_lib pretrain", "steps", "found 0")),
+    (("pretrain", "--init", "no_such.safetensors"), ("wsss_lib pretrain", "no_such.safetensors")),
+    (("toyvoc", "--train", "-1"), ("wsss_lib toyvoc", "train", "found -1")),
+    (("evaluate", "--device", "abacus"), ("device", "abacus")),
+    (("pretrain", "--batch", "0"), ("batch", "found 0")),
+    (("pretrain", "--singles-until", "1.5"), ("singles_until", "found 1.5")),
+])
+def test_bad_input_is_one_line(run, tree, tmp_path, args, parts):
+    command, *rest = args
+    if command == "evaluate" and "--checkpoint" not in rest:
+        rest += ["--checkpoint", _weights(tmp_path)]
+    where = {"evaluate": ["--root", tree], "pretrain": ["--root", tree, "--out", tmp_path / "out"],
+             "toyvoc": ["--root", tmp_path / "tree"]}[command]
+    said = error_of(run, command, *where, *rest)
+    assert all(part in said for part in parts), said
+
+
+def _weights(folder: Path) -> Path:
+    from wsss_lib import create_model
+    from wsss_lib.training.checkpoints import save_weights
+
+    save_weights(folder / "toyvit.safetensors", create_model("cam", "toyvit", pretrained=False))
+    return folder / "toyvit.safetensors"

@@ -1,0 +1,188 @@
+"""Reports: each number is the one that the plain library calls give, and every one of them survives JSON."""
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wsss_lib import create_model, evaluate, localize, pseudo_labels
+from wsss_lib.data.sample import TRUTHS
+from wsss_lib.data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS, build_toyvoc
+from wsss_lib.data.transforms import EvalTransform
+from wsss_lib.data.voc import VOC, VOC_CLASSES
+from wsss_lib.evaluation import mean_average_precision
+from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds, write_pseudo_labels,
+                              write_results)
+
+FIXED = .25
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> VOC:
+    """Six scenes with all truths."""
+    root = build_toyvoc(tmp_path_factory.mktemp("toyvoc"), 0, 6, 0, processes=1, progress=False)
+    return VOC(root, "val", truth=TRUTHS)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model("cam", "toyvit", pretrained=False).eval()
+
+
+@pytest.fixture(scope="module")
+def result(model, data) -> dict:
+    return report(model, data, background=FIXED, batch_size=4, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def maps(model, data) -> torch.Tensor:
+    """(N, C, h, w), without the module under test."""
+    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
+    images = torch.stack([transform(sample)["image"] for sample in data])
+    return localize(model, images, data.labels)
+
+
+def stacked(data: VOC, field: str) -> torch.Tensor:
+    """A truth of all pictures: (N, H, W)."""
+    return torch.stack([torch.as_tensor(getattr(sample, field)) for sample in data]).long()
+
+
+def predictions(data: VOC, maps: torch.Tensor, background: float) -> torch.Tensor:
+    return pseudo_labels(maps, data.labels, background=background, size=stacked(data, "mask").shape[-2:])
+
+
+def test_scores_are_those_of_the_pseudo_labels(model, data, maps, result):
+    split = localize_split(model, data, batch_size=4, **QUIET)
+    sweep, masks = sweep_thresholds(split), stacked(data, "mask")
+    best = evaluate(predictions(data, maps, result["best"]["background"]), masks)
+    assert (best.confusion == sweep.best().confusion).all() and best.miou == sweep.best().miou
+    assert best.confusion[:, 1:].any(), "some of it must be foreground"
+    assert result["best"]["miou"] == round(best.miou, 4)
+    assert result["best"]["iou"] == [None if np.isnan(v) else round(v, 4) for v in best.iou]
+    fixed = evaluate(predictions(data, maps, FIXED), masks)
+    assert fixed.miou == sweep.scores_at(FIXED).miou
+    assert (result["fixed"]["background"], result["fixed"]["miou"]) == (FIXED, round(fixed.miou, 4))
+
+
+def test_no_threshold_beats_the_best(data, maps, result):
+    masks = stacked(data, "mask")
+    others = [evaluate(predictions(data, maps, t / 20), masks).miou for t in range(21)]
+    assert result["best"]["miou"] >= round(max(others), 4) > round(min(others), 4)
+
+
+def test_every_score_says_what_it_was_measured_on(result):
+    assert (result["split"], result["pictures"], result["labels"], result["method"]) == ("val", 6, "given", "cam")
+    assert result["best"]["oracle"] is True and result["fixed"]["oracle"] is False
+
+
+def test_mean_average_precision_is_that_of_the_logits(model, data, result):
+    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
+    with torch.no_grad():
+        logits = model(torch.stack([transform(sample)["image"] for sample in data]))
+    assert result["mean_average_precision"] == round(mean_average_precision(logits, data.labels)[0], 4)
+
+
+def test_coverage_is_that_of_a_direct_count(data, maps, result):
+    prediction = predictions(data, maps, result["best"]["background"])
+    masks, parts = stacked(data, "mask"), stacked(data, "parts")
+    wanted = torch.isin(masks, torch.tensor([VOC_CLASSES.index(name) + 1 for name in QUADRUPEDS]))
+    for group, ids in PART_GROUPS.items():
+        where = wanted & torch.isin(parts, torch.tensor(ids))
+        assert where.any()
+        share = (prediction[where] == masks[where]).double().mean().item()
+        assert result["coverage"][group] == round(share, 4)
+    assert result["coverage"].keys() == PART_GROUPS.keys()
+
+
+def test_context_activation_is_that_of_a_direct_count(data, maps, result):
+    prediction = predictions(data, maps, result["best"]["background"])
+    background, contexts = stacked(data, "mask") == 0, stacked(data, "contexts")
+    called = (prediction[background] > 0).double().mean().item()
+    assert result["background_called_foreground"] == round(called, 4) > 0
+    direct: dict[str, dict[str, float]] = {name: {} for name in VOC_CLASSES}
+    for c, name in enumerate(VOC_CLASSES):
+        with_class = (data.labels[:, c] > 0)[:, None, None]
+        for context, number in CONTEXT_ID.items():
+            seen = prediction[background & with_class & (contexts == number)]
+            if len(seen):
+                direct[name][context] = round((seen == c + 1).double().mean().item(), 4)
+    assert result["context_activation"] == direct
+    assert any(rate > 0 for rates in direct.values() for rate in rates.values())
+
+
+def test_a_threshold_that_was_not_swept_is_refused(model, data):
+    with pytest.raises(ValueError, match="threshold: found 0.405"):
+        report(model, data, background=.405, **QUIET)
+
+
+# ---- JSON
+
+
+def test_a_report_comes_back_from_json_as_it_was(model, data):
+    whole = report(model, data, scales=(1., .5), flip=True, **QUIET)
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+    assert whole["options"] == {"scales": [1., .5], "flip": True}       # what moves a number, and no more
+    assert None in whole["best"]["iou"], "six scenes do not show all classes"
+
+
+def test_nothing_to_measure_is_none(model, data):
+    """Pictures without a quadruped have no coverage."""
+    few = VOC(data.root, "val", truth=TRUTHS)
+    quadrupeds = {VOC_CLASSES.index(name) for name in QUADRUPEDS}
+    few.names = [n for n, row in zip(data.names, data.labels) if not quadrupeds & set(row.nonzero()[:, 0].tolist())]
+    assert 0 < len(few) < 6
+    result = report(model, few, **QUIET)
+    assert set(result["coverage"].values()) == {None}
+    json.dumps(result, allow_nan=False)
+
+
+def test_limit_takes_the_first_pictures(model, data):
+    split = localize_split(model, data, limit=2, **QUIET)
+    assert [sample.name for sample in split.samples] == data.names[:2] and len(split.maps) == 2
+
+
+def test_the_size_of_a_batch_makes_no_difference(model, data, maps):
+    split = localize_split(model, data, batch_size=1, **QUIET)
+    torch.testing.assert_close(split.maps, maps, atol=1e-4, rtol=1e-4)
+    coverage, activation = measure_phenomena(split, FIXED)
+    assert coverage.pixels.sum() > 0 and activation.pixels.sum() > 0
+
+
+def test_results_say_what_made_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["wsss_lib", "evaluate", "--split", "val"])
+    path = write_results(tmp_path / "new" / "cam.json", {"miou": .5})
+    assert path == tmp_path / "new" / "cam.json"
+    assert json.loads(path.read_text()) == {
+        "command": "python -m wsss_lib evaluate --split val", "torch": torch.__version__,
+        "python": platform.python_version(), "machine": platform.machine(), "miou": .5}
+    assert [f.name for f in path.parent.iterdir()] == ["cam.json"], "no temporary file stays"
+
+
+def test_results_that_json_cannot_hold_leave_the_old_file_alone(tmp_path):
+    path = write_results(tmp_path / "cam.json", {"miou": .5})
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        write_results(path, {"miou": float("nan")})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_written_pseudo_labels_are_the_scored_ones(model, data, maps, tmp_path: Path):
+    split = localize_split(model, data, **QUIET)
+    scores = write_pseudo_labels(split, FIXED, tmp_path / "masks")
+    files = sorted((tmp_path / "masks").glob("*.png"))
+    assert [f.stem for f in files] == sorted(data.names)
+    for i, name in enumerate(data.names):
+        written = np.array(Image.open(tmp_path / "masks" / f"{name}.png"))
+        assert (written == split.pseudo_labels(i, FIXED).numpy()).all() and written.any()
+    again = evaluate([np.array(Image.open(tmp_path / "masks" / f"{name}.png")) for name in data.names],
+                     stacked(data, "mask"))
+    assert (again.confusion == scores.confusion).all()
+    record = json.loads((tmp_path / "masks" / "scores.json").read_text())
+    assert (record["background"], record["miou"], record["split"]) == (FIXED, scores.miou, "val")
+    assert record["oracle"] is False
