@@ -90,6 +90,7 @@ def test_a_backbone_of_one_size_says_so():
     [
         ("vit_tiny_patch16_225", "did you mean .*vit_tiny_patch16_224"),
         ("toyvitt", "did you mean toyvit"),
+        ("vit_tiny_patch16_224.augreg", "did you mean .*vit_tiny_patch16_224.augreg_in21k"),
         ("resnet18", "resnet18, which has no num_prefix_tokens"),
         ("convnext_atto", "expected a plain ViT"),
     ],

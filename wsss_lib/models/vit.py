@@ -99,8 +99,9 @@ def create_backbone(name: str, pretrained: bool = False, **kw) -> nn.Module:
     Raises ValueError for names that timm does not know, and models that are no plain ViT: those without
     blocks, prefix tokens and one grid of square patches.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+    tagged = timm.list_models(include_tags=True) if "." in name else []
+    if not timm.is_model(name) or (tagged and name not in tagged):
+        near = difflib.get_close_matches(name, tagged or timm.list_models(), n=4)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"
         raise ValueError(f"backbone: found {name!r}, expected a model that timm knows; {hint}")
     arguments = dict(pretrained=pretrained, num_classes=0, **kw)
