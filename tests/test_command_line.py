@@ -21,7 +21,8 @@ def shell(*args: object) -> subprocess.CompletedProcess:
     """`python -m wsss_lib ...` as a user runs it."""
     command = [sys.executable, "-m", "wsss_lib", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+                          timeout=120)
 
 
 @pytest.fixture
@@ -59,9 +60,10 @@ def test_toyvoc_draws_the_same_bytes_twice_and_refuses_to_mix_seeds(tmp_path):
         done = shell("toyvoc", "--root", root, "--seed", 5, *COUNTS)
         assert done.returncode == 0, done.stderr
         printed = json.loads(done.stdout)
-        assert {split: s["pictures"] for split, s in printed["splits"].items()} == {"train": 3, "val": 2, "single": 2}
+        counts = {split: found["pictures"] for split, found in printed["splits"].items()}
+        assert counts == {"train": 3, "val": 2, "single": 2}
     files = digests(roots[0])
-    assert len(files) == 7 * 6 + 4                          # picture, annotation, 4 masks; 3 lists, the manifest
+    assert len(files) == 7 * 6 + 4    # picture, annotation, 4 masks; 3 lists, the manifest
     assert files == digests(roots[1])
 
     refused = shell("toyvoc", "--root", roots[0], "--seed", 6, *COUNTS)
@@ -92,7 +94,8 @@ def test_a_wrong_command_line_prints_usage(run, capsys, args):
 
 def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
     out = tmp_path / "run"
-    run("pretrain", "--root", tree, "--out", out, "--steps", 3, "--batch", 4, "--singles-until", .5, "--seed", 2)
+    run("pretrain", "--root", tree, "--out", out, "--steps", 3, "--batch", 4, "--singles-until", .5,
+        "--seed", 2)
     record = json.loads((out / "toyvit.json").read_text())
     assert (record["seed"], record["steps"], record["init"]) == (2, 3, None)
     assert record["recipe"]["batch"] == 4 and record["pictures"] == 3 * (2 + 4 * 2)
@@ -104,7 +107,7 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
     results = tmp_path / "results" / "cam.json"
     run("evaluate", "--checkpoint", out / "toyvit.safetensors", "--root", tree, "--background", .3, "--flip",
         "--methods", "cam", "grad_cam", "--results", results)
-    found = json.loads(results.read_text(), parse_constant=lambda token: pytest.fail(f"found {token} in JSON"))
+    found = json.loads(results.read_text(), parse_constant=pytest.fail)
     for method in ("cam", "grad_cam"):
         entry = found[method]
         assert (entry["method"], entry["split"], entry["pictures"]) == (method, "val", 3)
@@ -131,11 +134,12 @@ def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run,
     (("evaluate", "--checkpoint", "no_such.safetensors"), ("wsss_lib evaluate", "no_such.safetensors")),
     (("evaluate", "--methods", "cma"), ("method", "cma", "cam")),
     (("pretrain", "--steps", "0"), ("wsss_lib pretrain", "steps", "found 0")),
-    (("pretrain", "--init", "no_such.safetensors"), ("wsss_lib pretrain", "no_such.safetensors")),
+    (("pretrain", "--steps", "1", "--init", "no_such.safetensors"), ("no_such.safetensors",)),
     (("toyvoc", "--train", "-1"), ("wsss_lib toyvoc", "train", "found -1")),
     (("evaluate", "--device", "abacus"), ("device", "abacus")),
-    (("pretrain", "--batch", "0"), ("batch", "found 0")),
-    (("pretrain", "--singles-until", "1.5"), ("singles_until", "found 1.5")),
+    (("pretrain", "--steps", "1", "--batch", "0"), ("batch", "found 0")),
+    (("pretrain", "--steps", "1", "--singles-until", "1.5"), ("singles_until", "found 1.5")),
+    (("pretrain", "--steps", "1", "--device", "abacus"), ("device", "abacus")),
 ])
 def test_bad_input_is_one_line(run, tree, tmp_path, args, parts):
     command, *rest = args

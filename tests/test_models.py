@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wsss_lib import create_model, paths
+from wsss_lib.models.cam import PATCH_PRIOR
 from wsss_lib.models import METHODS, CamViT, ConvStem, create_backbone, split_tokens
 
 # name: (pixels per token, prefix tokens, of which class tokens)
@@ -187,7 +188,7 @@ def test_weights_come_back(toy, weights):
 
 def test_heads_for_other_classes_stay_as_they_are(weights):
     model = create_model("cam", num_classes=5, pretrained=str(weights))
-    heads = ["class_head.bias", "class_head.weight", "patch_head.weight"]
+    heads = ["class_head.bias", "class_head.weight", "patch_head.bias", "patch_head.weight"]
     assert sorted(model.missing_weights) == model.unused_weights == heads
     assert torch.equal(model.backbone.cls_token.half(), load_file(weights)["backbone.cls_token"])
 
@@ -235,3 +236,28 @@ def test_a_head_that_the_model_lacks_is_reported(weights):
     save_file({**load_file(weights), "decoder.weight": torch.zeros(2)}, weights)
     model = create_model("cam", num_classes=3, pretrained=weights)
     assert model.unused_weights == ["decoder.weight"] and model.missing_weights == []
+
+
+def test_the_patch_head_starts_at_its_prior_and_heads_can_be_forgotten():
+    model = create_model("cam", num_classes=3, pretrained=False)
+    prior = torch.full((3,), PATCH_PRIOR)
+    torch.testing.assert_close(model.patch_head.bias.detach().sigmoid(), prior)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.patch_head.bias.fill_(7)
+    model.reset_heads()
+    after = model.state_dict()
+    assert not torch.equal(after["patch_head.weight"], before["patch_head.weight"])
+    assert not torch.equal(after["class_head.weight"], before["class_head.weight"])
+    torch.testing.assert_close(after["patch_head.bias"].sigmoid(), prior)
+    assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("backbone."))
+
+
+def test_patch_logits_are_the_activation_map_and_a_bias():
+    model = create_model("cam", num_classes=3, pretrained=False).eval()
+    with torch.no_grad():
+        model.patch_head.bias.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+        out = model.forward_heads(torch.randn(2, 3, 32, 40))
+        maps = model.activation_maps(out.features)
+    expected = maps + torch.tensor([-1.0, 0.0, 2.0])[:, None, None]
+    torch.testing.assert_close(out.patch_logits, expected, rtol=0, atol=1e-5)  # float32 sums in another order

@@ -1,4 +1,4 @@
-"""Mosaic pretraining: a batch is a function of (seed, step), a quadrant's labels are those of its own picture."""
+"""Mosaic pretraining: a batch is a function of (seed, step), a quadrant's labels are its own picture's."""
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from wsss_lib.training.recipes import (MosaicBatches, MosaicRecipe, PictureStore
                                        top_mean)
 
 MEAN, STD, STRIDE, STEPS = (.5, .4, .3), (.25, .2, .5), 8, 10
-RECIPE = MosaicRecipe(batch=10, mosaics=.6, singles_until=.4)      # 4 pictures, 6 mosaics; steps 0..3 are single
-# A class is a colour: red, green and blue are single-object classes, their mixtures those of the scenes.
+RECIPE = MosaicRecipe(batch=10, mosaics=.6, singles_until=.4)      # 4 pictures, 6 mosaics; steps 0..3: single
+# A class is a colour: red, green and blue are single-object classes, their mixtures classes of scenes.
 COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
 SINGLES, SCENES = (0, 1, 2), (3, 4, 5)
 
@@ -135,7 +135,7 @@ def test_augment_crops_within_its_scale():
     wide = out[:, 2].mean(1).diff(dim=1).median(1).values.abs() * 64
     aspect = wide / tall                                            # contrast cancels
     assert .84 < aspect.min() < .9 and 1.1 < aspect.max() < 1.16
-    assert tall.mean() == pytest.approx(.8, abs=.05)                # the mean contrast is 1, the mean scale .8
+    assert tall.mean() == pytest.approx(.8, abs=.05)    # the mean contrast is 1, the mean scale .8
     assert .1 < tall.std() < .3
     assert out[:, 1].std((1, 2)).max() < 1e-5                       # tint moves a channel as a whole
     assert out[:, 1].mean((1, 2)).std() > .02
@@ -145,10 +145,10 @@ def test_augment_crops_within_its_scale():
 
 
 def test_top_mean_by_hand():
-    logits = torch.tensor([[[[5., 1., 3.], [9., -2., 0.]], [[-1., -1., -1.], [-4., -1., -7.]]]])    # (1, 2, 2, 3)
+    logits = torch.tensor([[[[5., 1., 3.], [9., -2., 0.]], [[-1., -1., -1.], [-4., -1., -7.]]]])
     torch.testing.assert_close(top_mean(logits, .5), torch.tensor([[(9 + 5 + 3) / 3, -1.]]))
     torch.testing.assert_close(top_mean(logits, 1.), torch.tensor([[16 / 6, -15 / 6]]))
-    torch.testing.assert_close(top_mean(logits, .01), torch.tensor([[7., -1.]]))                    # two at least
+    torch.testing.assert_close(top_mean(logits, .01), torch.tensor([[7., -1.]]))    # two at least
 
 
 @pytest.fixture(scope="module")
@@ -166,23 +166,24 @@ def test_all_terms_are_finite_and_reach_heads_and_stem(model, step):
         assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
     weights = {"class_head": model.class_head.weight, "patch_head": model.patch_head.weight,
                "stem": model.backbone.patch_embed.backbone.down1[0].weight}
-    reached = {name: {w for w, g in zip(weights, _gradients(value, weights)) if g is not None and g.abs().sum() > 0}
-               for name, value in losses.items()}
+    reached = {name: _reached(value, weights) for name, value in losses.items()}
     assert reached == {"class": {"class_head", "stem"}, "union": {"class_head", "stem"},
                        "patch": {"patch_head", "stem"}, "quadrant": {"patch_head", "stem"}}
 
 
-def _gradients(loss: Tensor, weights: dict[str, Tensor]) -> tuple:
-    return torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+def _reached(loss: Tensor, weights: dict[str, Tensor]) -> set[str]:
+    """The names of the weights that get a gradient."""
+    gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+    return {name for name, g in zip(weights, gradients) if g is not None and g.abs().sum() > 0}
 
 
 @pytest.mark.parametrize("single", [True, False])
 def test_the_quadrant_loss_compares_each_quadrant_with_its_own_labels(single):
-    """Patch logits that are right everywhere cost next to nothing, and any exchange of two quadrants costs."""
+    """Patch logits that are right everywhere cost almost nothing, any exchange of two quadrants costs."""
     row, column, classes = 2, 3, 4
     truth = torch.tensor([[0, 1], [2, 3]]).repeat_interleave(torch.tensor([row, 4 - row]), 0)
-    truth = truth.repeat_interleave(torch.tensor([column, 5 - column]), 1)                          # (4, 5)
-    logits = torch.nn.functional.one_hot(truth, classes).permute(2, 0, 1)[None] * 40. - 20          # (1, C, 4, 5)
+    truth = truth.repeat_interleave(torch.tensor([column, 5 - column]), 1)      # (4, 5)
+    logits = torch.eye(classes)[truth].permute(2, 0, 1)[None] * 40 - 20         # (1, C, 4, 5)
     stub = SimpleNamespace(forward_heads=lambda image: SimpleNamespace(
         class_logits=torch.zeros(1, classes), patch_logits=logits, pooled=torch.zeros(1, classes)))
     recipe = MosaicRecipe(quadrant_share=1., label_smoothing=0.)

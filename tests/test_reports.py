@@ -15,8 +15,8 @@ from wsss_lib.data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS, build_toyv
 from wsss_lib.data.transforms import EvalTransform
 from wsss_lib.data.voc import VOC, VOC_CLASSES
 from wsss_lib.evaluation import mean_average_precision
-from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds, write_pseudo_labels,
-                              write_results)
+from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds,
+                              write_pseudo_labels, write_results)
 
 FIXED = .25
 QUIET = {"progress": False}
@@ -77,7 +77,8 @@ def test_no_threshold_beats_the_best(data, maps, result):
 
 
 def test_every_score_says_what_it_was_measured_on(result):
-    assert (result["split"], result["pictures"], result["labels"], result["method"]) == ("val", 6, "given", "cam")
+    assert (result["split"], result["pictures"]) == ("val", 6)
+    assert (result["labels"], result["method"]) == ("given", "cam")
     assert result["best"]["oracle"] is True and result["fixed"]["oracle"] is False
 
 
@@ -134,8 +135,8 @@ def test_a_report_comes_back_from_json_as_it_was(model, data):
 def test_nothing_to_measure_is_none(model, data):
     """Pictures without a quadruped have no coverage."""
     few = VOC(data.root, "val", truth=TRUTHS)
-    quadrupeds = {VOC_CLASSES.index(name) for name in QUADRUPEDS}
-    few.names = [n for n, row in zip(data.names, data.labels) if not quadrupeds & set(row.nonzero()[:, 0].tolist())]
+    quadrupeds = [VOC_CLASSES.index(name) for name in QUADRUPEDS]
+    few.names = [name for name, row in zip(data.names, data.labels) if not row[quadrupeds].any()]
     assert 0 < len(few) < 6
     result = report(model, few, **QUIET)
     assert set(result["coverage"].values()) == {None}

@@ -11,6 +11,16 @@ from pathlib import Path
 from .paths import cache_folder, shipped
 
 
+def _check_device(name: str) -> None:
+    """ValueError for a device that PyTorch does not know or find here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:     # PyTorch without CUDA says so by an assertion
+        raise ValueError(f"device: found {name!r}, expected one that PyTorch finds, such as cpu") from error
+
+
 def toyvoc(args: argparse.Namespace) -> None:
     """Draw a ToyVOC tree."""
     from .data.toyvoc import build_toyvoc, draw_sample, statistics
@@ -44,22 +54,29 @@ def pretrain(args: argparse.Namespace) -> None:
     from .training.engine import TrainConfig, train
     from .training.recipes import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
 
+    _check_device(args.device)
+    recipe = MosaicRecipe(batch=args.batch, singles_until=args.singles_until)
+    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
     root = Path(args.root) if args.root else build_toyvoc(cache_folder() / "toyvoc")
     torch.manual_seed(args.seed)
     model = create_model("cam", "toyvit", pretrained=args.init or False)
-    recipe = MosaicRecipe(batch=args.batch, singles_until=args.singles_until)
-    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
     batches = MosaicBatches(PictureStore(root, "single"), PictureStore(root, "train"), args.steps,
                             model.data_config["mean"], model.data_config["std"], recipe, args.seed)
     loss = partial(mosaic_loss, recipe=recipe)
     last = train(model, batches, loss, config, out=args.out, resume=args.resume)[-1]
     record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": last["pictures"],
               "seconds": round(last["seconds"]), "device": args.device,
-              "init": Path(args.init).name if args.init else None,
+              "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
               "command": "python -m wsss_lib " + " ".join(sys.argv[1:])}
     save_weights(Path(args.out) / "toyvit.safetensors", model)
     (Path(args.out) / "toyvit.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
+
+
+def _record_of(weights: str | None) -> dict | None:
+    """How the weights that a run starts from were made: the JSON beside them, if there is one."""
+    beside = Path(weights).with_suffix(".json") if weights else None
+    return json.loads(beside.read_text()) if beside and beside.exists() else None
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -69,6 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .data.voc import VOC
     from .reports import report, write_results
 
+    _check_device(args.device)
     model = create_model("cam", "toyvit", pretrained=args.checkpoint or True).to(args.device).eval()
     data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
     options = {"scales": tuple(args.scales), "flip": args.flip}

@@ -41,8 +41,8 @@ def cam(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """
     check_labels(labels, len(images), model.num_classes)
     with eval_mode(model):
-        logits = model.forward_heads(images).patch_logits
-    maps = at_least_float32(logits).relu()
+        evidence = model.activation_maps(model.forward_heads(images).features)
+    maps = at_least_float32(evidence).relu()
     return maps.masked_fill((labels == 0).to(maps.device)[:, :, None, None], 0)
 
 
@@ -52,7 +52,7 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor, layer: int | None
 
     Arguments and output as of `cam`.
     layer None: f are the features that the patch head reads, y_c is the pooled patch logit. Then Grad-CAM is
-    CAM / (h*w) for any pooling of the top k: y_c = (1/k) sum_{j in top k} w_c . f_j, so dy_c/df_jd is
+    CAM / (h*w) for any pooling of the top k: y_c = b_c + (1/k) sum_{j in top k} w_c . f_j, so dy_c/df_jd is
     w_cd / k at k patches and 0 elsewhere, and its mean over the h*w patches is w_cd / (h*w).
     layer int: f are the patch tokens that this block puts out (negative counts from the last), y_c is the
     model's logit, `model(images)`. At the last block, still before the final norm, it is no longer CAM.

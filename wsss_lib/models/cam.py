@@ -5,19 +5,23 @@ Sources: CAM, Zhou et al. 2016 (arXiv 1512.04150); patches pooled from the top, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import timm
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .vit import create_backbone, forward_tokens, num_class_tokens, patch_stride, split_tokens, token_grid
+
+PATCH_PRIOR = 0.01  # how often a patch shows a given class, before anything is known
 
 
 class CamOutput(NamedTuple):
     """What `CamViT.forward_heads` returns."""
 
     class_logits: Tensor  # (B, C), from the class token
-    patch_logits: Tensor  # (B, C, h, w), w_c . f_j: the activation map before its relu
+    patch_logits: Tensor  # (B, C, h, w), w_c . f_j + b_c: is class c at patch j?
     pooled: Tensor  # (B, C), the patch logits pooled over the picture
     features: Tensor  # (B, D, h, w), what the patch head reads: after the final norm
 
@@ -54,8 +58,20 @@ class CamViT(nn.Module):
         self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
         dim = self.backbone.embed_dim
         self.class_head = nn.Linear(dim, num_classes) if self.num_class_tokens else None
-        # Without bias: a map says how much of the class is at a patch; zero means nothing.
-        self.patch_head = nn.Linear(dim, num_classes, bias=False)
+        self.patch_head = nn.Linear(dim, num_classes)
+        self.reset_heads()
+
+    def reset_heads(self) -> None:
+        """Give both heads new random weights: the classes are forgotten, the backbone is not.
+
+        The patch head's bias starts at the logit of PATCH_PRIOR (Lin et al. 2017, arXiv 1708.02002, section 4.1): a
+        patch shows a given class rarely, and the bias says so before anything is learned. The activation map leaves
+        the bias out, so it is positive exactly where a patch is likelier to show the class than that.
+        """
+        if self.class_head is not None:
+            self.class_head.reset_parameters()
+        self.patch_head.reset_parameters()
+        nn.init.constant_(self.patch_head.bias, math.log(PATCH_PRIOR / (1 - PATCH_PRIOR)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> logits (B, C), the mean of both heads'.
@@ -77,8 +93,12 @@ class CamViT(nn.Module):
             class_logits = self.class_head(prefix[:, : self.num_class_tokens].mean(dim=1))  # (B, D) -> (B, C)
         return CamOutput(class_logits, patch_logits, pooled, features)
 
+    def activation_maps(self, features: Tensor) -> Tensor:
+        """Features (B, D, h, w) -> w_c . f_j, the evidence of patch j for class c, without the bias: (B, C, h, w)."""
+        return F.linear(features.movedim(1, -1), self.patch_head.weight).movedim(-1, 1)
+
     def patch_logits(self, features: Tensor) -> Tensor:
-        """Features (B, D, h, w) -> w_c . f_j, (B, C, h, w)."""
+        """Features (B, D, h, w) -> w_c . f_j + b_c, (B, C, h, w)."""
         return self.patch_head(features.movedim(1, -1)).movedim(-1, 1)
 
     def pool_logits(self, patch_logits: Tensor) -> Tensor:

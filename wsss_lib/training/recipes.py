@@ -28,6 +28,7 @@ class MosaicRecipe:
     batch: pictures and mosaics together. mosaics: share that are mosaics. singles_until: share of the steps
     spent on single-object pictures. quadrant_share: share of a quadrant's patches whose logits are averaged
     into its prediction; a whole picture uses the model's own `pool`.
+    Raises ValueError for a batch below 1 and shares outside 0..1.
     """
 
     batch: int = 32
@@ -35,6 +36,13 @@ class MosaicRecipe:
     singles_until: float = .4
     quadrant_share: float = .12
     label_smoothing: float = .05
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch: found {self.batch}, expected 1 or more")
+        for name in ("mosaics", "singles_until", "quadrant_share", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a share, 0..1")
 
     def __post_init__(self) -> None:
         if self.batch < 1:
