@@ -1,5 +1,6 @@
 """Reports: each number is the one that the plain library calls give, and every one of them survives JSON."""
 import json
+import re
 import platform
 import sys
 from pathlib import Path
@@ -159,7 +160,10 @@ def test_results_say_what_made_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["wsss_lib", "evaluate", "--split", "val"])
     path = write_results(tmp_path / "new" / "cam.json", {"miou": .5})
     assert path == tmp_path / "new" / "cam.json"
-    assert json.loads(path.read_text()) == {
+    found = json.loads(path.read_text())
+    commit = found.pop("commit")
+    assert commit is None or re.fullmatch("[0-9a-f]{7,}", commit), "None outside a git checkout"
+    assert found == {
         "command": "python -m wsss_lib evaluate --split val", "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "miou": .5}
     assert [f.name for f in path.parent.iterdir()] == ["cam.json"], "no temporary file stays"

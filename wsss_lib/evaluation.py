@@ -171,6 +171,7 @@ def evaluate(
     ignore_index: int = 255,
     split: str = "",
     oracle: bool = False,
+    choice: str = "",
 ) -> Scores:
     """Score masks against truths: two iterables of (H, W) masks, of any sizes, or two batches (B, H, W).
 
@@ -183,7 +184,7 @@ def evaluate(
             short, more = ("predictions", "truths") if prediction is missing else ("truths", "predictions")
             raise ValueError(f"{short}: found {index} masks, expected as many as in {more}, which has more")
         matrix.update(prediction, truth)
-    return matrix.scores(split, oracle)
+    return matrix.scores(split, oracle, choice)
 
 
 class ThresholdSweep:

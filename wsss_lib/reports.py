@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .data.voc import VOC_CLASSES, encode_mask
 from .evaluation import ConfusionMatrix, Scores, ThresholdSweep, mean_average_precision
 from .localization import localize
 from .phenomena import ContextActivation, PartCoverage
+from .paths import REPOSITORY
 from .refinement import pseudo_labels, scored_maps
 
 FIXED_BACKGROUND = .4      # the threshold reported beside the oracle's: chosen before any score was seen
@@ -59,7 +61,7 @@ def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int 
     device = next(model.parameters()).device
     transform = EvalTransform(size, mean=model.data_config["mean"], std=model.data_config["std"])
     samples, logits, maps, labels = [], [], [], []
-    count = min(len(data), limit or len(data))
+    count = len(data) if limit is None else min(len(data), limit)
     starts = range(0, count, batch_size)
     for start in tqdm(starts, desc=f"{method} on {data.split}", disable=not progress):
         chunk = [data[i] for i in range(start, min(start + batch_size, count))]
@@ -119,6 +121,7 @@ def report(model: nn.Module, data, method: str = "cam", background: float = FIXE
     return {
         "method": method, "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
         "split": split.name, "pictures": len(split.samples), "labels": "given",
+        "device": next(model.parameters()).device.type,
         "mean_average_precision": _rounded(mean_average_precision(split.logits, split.labels)[0]),
         "best": {"background": round(chosen, 2), "miou": _rounded(best.miou), "oracle": best.oracle,
                  "iou": [_rounded(v) for v in best.iou]},
@@ -143,14 +146,23 @@ def write_pseudo_labels(split: LocalizedSplit, background: float, folder: str | 
     return scores
 
 
+def _commit() -> str | None:
+    """The commit of the code that is running, None outside a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    except FileNotFoundError:                       # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
 def write_results(path: str | Path, result: dict) -> Path:
-    """Write a ledger entry as JSON with the command, the machine kind and the versions that made it.
+    """Write a ledger entry as JSON with the command, commit, machine kind and versions that made it.
 
     ValueError for nan or infinite numbers, which JSON does not have; a file that was there stays as it was.
     """
     path = Path(path)
-    header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "torch": torch.__version__,
-              "python": platform.python_version(), "machine": platform.machine()}
+    header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": _commit(),
+              "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     content = json.dumps({**header, **result}, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

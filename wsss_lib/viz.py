@@ -149,7 +149,7 @@ def show_grid(
             ax = axes[r, c]
             ax.set(xticks=[], yticks=[], frame_on=False, anchor="N")  # N: the titles of a row on one line
             if cell is not None:
-                ax.imshow(cell)
+                ax.imshow(cell, interpolation="nearest")  # the picture's own pixels; also smaller files
             if r < len(titles) and c < len(titles[r]) and titles[r][c]:
                 ax.set_title(titles[r][c], fontsize=10)
         if row_titles is not None:
@@ -268,7 +268,7 @@ def bars(
         ax.annotate(text, (place, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
     ax.set(yticks=range(len(values)), yticklabels=list(values), xlabel=xlabel, title=title)
     ax.set_xlim(0, 112 if np.nanmax([50, *percent]) > 50 else 1.15 * max(np.nanmax([0, *percent]), 1))
-    ax.invert_yaxis()
+    ax.set_ylim(len(values) - 0.4, -0.6)  # the first bar on top, no wide margins
     ax.spines[["top", "right"]].set_visible(False)
     return ax.figure
 

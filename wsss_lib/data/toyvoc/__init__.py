@@ -6,8 +6,8 @@ backgrounds.py and scenes.py make a sample, build.py writes a VOC tree.
 from .backgrounds import CONTEXT_ID, CONTEXTS
 from .build import build_toyvoc, statistics
 from .objects import COMPANIONS, OBJECTS, QUADRUPEDS
-from .parts import PART_GROUPS, PART_ID
+from .parts import PART_GROUPS, PART_ID, PARTS
 from .scenes import BIAS, SIZE, ToySample, VisibleObject, draw_sample
 
-__all__ = ["BIAS", "COMPANIONS", "CONTEXT_ID", "CONTEXTS", "OBJECTS", "PART_GROUPS", "PART_ID", "QUADRUPEDS", "SIZE",
+__all__ = ["BIAS", "COMPANIONS", "CONTEXT_ID", "CONTEXTS", "OBJECTS", "PART_GROUPS", "PART_ID", "PARTS", "QUADRUPEDS", "SIZE",
            "ToySample", "VisibleObject", "build_toyvoc", "draw_sample", "statistics"]
