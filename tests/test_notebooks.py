@@ -257,11 +257,12 @@ def test_the_first_student_version_runs_to_its_first_exercise():
 
 def execute(path: Path, out: Path, **parameters: object) -> NotebookNode:
     return papermill.execute_notebook(str(path), str(out / path.name), parameters, kernel_name="python3",
-                                      cwd=str(ROOT), progress_bar=False)
+                                      cwd=str(ROOT), progress_bar=False, execution_timeout=300)
 
 
-def test_another_seed_reaches_the_first_notebook_and_runs_to_the_end(tmp_path: Path):
-    done = execute(FIRST, tmp_path, SEED=7)
+@every_notebook
+def test_another_seed_reaches_a_notebook_and_it_runs_to_the_end(path: Path, tmp_path: Path):
+    done = execute(path, tmp_path, SEED=7)
     injected = [cell for cell in done.cells if tagged(cell, "injected-parameters")]
     assert len(injected) == 1 and "SEED = 7" in injected[0].source
     assert all(cell.execution_count for cell in code_cells(done))

@@ -50,6 +50,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
     from . import create_model
     from .data.toyvoc import build_toyvoc
+    from .reports import current_commit
     from .training.checkpoints import save_weights
     from .training.engine import TrainConfig, train
     from .training.recipes import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
@@ -67,7 +68,7 @@ def pretrain(args: argparse.Namespace) -> None:
     record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": last["pictures"],
               "seconds": round(last["seconds"]), "device": args.device,
               "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
-              "command": "python -m wsss_lib " + " ".join(sys.argv[1:])}
+              "command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit()}
     save_weights(Path(args.out) / "toyvit.safetensors", model)
     (Path(args.out) / "toyvit.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

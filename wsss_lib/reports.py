@@ -146,7 +146,7 @@ def write_pseudo_labels(split: LocalizedSplit, background: float, folder: str | 
     return scores
 
 
-def _commit() -> str | None:
+def current_commit() -> str | None:
     """The commit of the code that is running, None outside a git checkout."""
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
@@ -161,7 +161,7 @@ def write_results(path: str | Path, result: dict) -> Path:
     ValueError for nan or infinite numbers, which JSON does not have; a file that was there stays as it was.
     """
     path = Path(path)
-    header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": _commit(),
+    header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit(),
               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     content = json.dumps({**header, **result}, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
