@@ -44,13 +44,6 @@ class MosaicRecipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a share, 0..1")
 
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch: found {self.batch}, expected 1 or more")
-        for name in ("mosaics", "singles_until", "quadrant_share", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a share in [0, 1]")
-
 
 class PictureStore:
     """All pictures of a split in memory, as uint8, with their labels: (N, 3, S, S) and (N, C)."""

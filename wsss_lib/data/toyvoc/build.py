@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..voc import VOC_CLASSES, encode_mask
-from .scenes import BIAS, SIZE, SPLITS, ToySample, draw_sample
+from .scenes import BIAS, SIZE, ToySample, draw_sample
 
 FOLDERS = {"mask": "SegmentationClass", "instances": "SegmentationObject", "parts": "SegmentationPart",
            "contexts": "SegmentationContext"}
