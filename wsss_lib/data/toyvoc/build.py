@@ -26,6 +26,7 @@ OCCLUDED = .15      # VOC calls an object occluded when a considerable part is h
 
 
 def sample_name(split: str, index: int) -> str:
+    """The name of a sample's files, without their endings."""
     return f"toy_{split}_{index:06d}"
 
 

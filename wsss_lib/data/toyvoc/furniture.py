@@ -7,6 +7,7 @@ from .parts import DARK, FUR, PAINT, WOOD, Pen, four_legs, shade
 
 
 def bottle(pen: Pen) -> None:
+    """A bottle with a label, a cap and a highlight."""
     glass = pen.pick(((40, 100, 50), (112, 62, 32), (150, 190, 210), (70, 120, 60), (190, 60, 50)))
     w, h, neck = pen.uniform(.13, .18), pen.uniform(.5, .62), pen.uniform(.055, .07)
     pen.polygon([(-w, 0), (w, 0), (w, -h), (neck, -h - .16), (neck, -h - .34), (-neck, -h - .34), (-neck, -h - .16),
@@ -50,6 +51,7 @@ def chair(pen: Pen) -> None:
 
 
 def sofa(pen: Pen) -> None:
+    """A sofa with two or three cushions, sometimes with a pillow on it."""
     cloth = pen.pick(PAINT + FUR)
     length, back, seat, cushions = pen.uniform(.95, 1.3), pen.uniform(.3, .4), pen.uniform(.2, .28), pen.rng.integers(2, 4)
     dark = shade(cloth, .82)
@@ -71,6 +73,7 @@ def sofa(pen: Pen) -> None:
 
 
 def diningtable(pen: Pen) -> None:
+    """A table, laid with plates and glasses."""
     wood, length, height, depth = pen.pick(WOOD), pen.uniform(.9, 1.25), pen.uniform(.42, .5), pen.uniform(.12, .2)
     four_legs(pen, -length / 2 + .12, length / 2 - .1, -height, .06, shade(wood, .75), jitter=.01)
     top = pen.pick(((235, 230, 225), (190, 60, 60), (90, 120, 170))) if pen.chance(.35) else wood
@@ -87,6 +90,7 @@ def diningtable(pen: Pen) -> None:
 
 
 def pottedplant(pen: Pen) -> None:
+    """A fan of leaves, sometimes in flower, in a pot."""
     pot = pen.pick(((170, 90, 55), (200, 195, 190), (70, 80, 110), (122, 72, 50)))
     green = pen.pick(((50, 120, 50), (82, 140, 62), (42, 96, 62), (120, 150, 72)))
     w, h, count, broad = pen.uniform(.14, .2), pen.uniform(.22, .32), int(pen.rng.integers(7, 15)), pen.uniform(.045, .1)

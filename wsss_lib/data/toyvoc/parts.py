@@ -80,9 +80,11 @@ class Pen:
 
     # ------------------------------------------------------------------ randomness
     def uniform(self, low: float, high: float) -> float:
+        """A random number in [low, high)."""
         return self.rng.uniform(low, high)
 
     def chance(self, probability: float) -> bool:
+        """True with this probability."""
         return self.rng.random() < probability
 
     def jitter(self, color: Color, spread: float = 14.0) -> np.ndarray:
@@ -95,19 +97,23 @@ class Pen:
 
     # ------------------------------------------------------------------ primitives
     def polygon(self, points: Sequence[Sequence[float]] | np.ndarray, color: Color, part: str) -> None:
+        """A filled polygon, (n, 2) points in object units; every other primitive ends here."""
         where = rounded(np.asarray(points, float) @ self._matrix + self._origin, 3)
         vertices = [tuple(p) for p in where.tolist()]
         self._picture.polygon(vertices, fill=tuple(int(v) for v in color))
         self._ids.polygon(vertices, fill=self.instance * 256 + PART_ID[part])
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, color: Color, part: str, **shape: float) -> None:
+        """A filled ellipse; `shape` as of `ellipse_points`."""
         self.polygon(ellipse_points(cx, cy, rx, ry, **shape), color, part)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, color: Color, part: str) -> None:
+        """A filled rectangle."""
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color, part)
 
     def rounded_box(self, x0: float, y0: float, x1: float, y1: float, color: Color, part: str,
                     power: float = 5.0) -> None:
+        """A filled rectangle with round corners, rounder for smaller powers."""
         self.polygon(ellipse_points((x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2, n=32, power=power),
                      color, part)
 

@@ -10,6 +10,7 @@ COCKPIT = (52, 62, 78)
 
 
 def car(pen: Pen) -> None:
+    """A car from the side, facing right."""
     paint = pen.pick(PAINT)
     length, height, r = pen.uniform(.95, 1.15), pen.uniform(.2, .26), pen.uniform(.1, .13)
     belt, roof = -r - height, pen.uniform(.17, .24)
@@ -28,6 +29,7 @@ def car(pen: Pen) -> None:
 
 
 def bus(pen: Pen) -> None:
+    """A bus from the side, its door at the front."""
     paint = pen.pick(PAINT)
     length, height, r = pen.uniform(1., 1.35), pen.uniform(.42, .6), pen.uniform(.08, .11)
     top = -r - height
@@ -77,6 +79,7 @@ def bicycle(pen: Pen) -> None:
 
 
 def motorbike(pen: Pen) -> None:
+    """A motorbike from the side, facing right."""
     paint = pen.pick(PAINT)
     r, half = pen.uniform(.19, .24), pen.uniform(.36, .42)
     for x in (-half, half):
