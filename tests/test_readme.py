@@ -22,6 +22,17 @@ def test_quoted_scores_are_the_measured_ones():
         assert row in README, row
 
 
+def test_the_scores_in_the_notebook_are_the_measured_ones():
+    """The closing table of 01_cam_basics quotes the same ledgers."""
+    notebook = json.loads((ROOT / "notebooks" / "01_cam_basics.ipynb").read_text(encoding="utf-8"))
+    text = "".join(next(cell for cell in notebook["cells"] if cell["id"] == "reports")["source"])
+    for name, maps in (("cam_one_view", "CAM, one view"), ("cam_multiscale", "CAM, scales 1, 1.5 and flip")):
+        r = _ledger(f"{name}.json")["cam"]
+        best, fixed = r["best"], r["fixed"]
+        assert f"| {maps} | {100 * best['miou']:.1f} | {best['background']:.2f}, chosen on the truth |" in text
+        assert f"| {maps} | {100 * fixed['miou']:.1f} | {fixed['background']:.2f}, fixed |" in text
+
+
 def test_quoted_facts_about_the_drawn_data_are_the_measured_ones():
     r = _ledger("toyvoc.json")
     train = r["splits"]["train"]

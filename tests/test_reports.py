@@ -191,3 +191,14 @@ def test_written_pseudo_labels_are_the_scored_ones(model, data, maps, tmp_path: 
     record = json.loads((tmp_path / "masks" / "scores.json").read_text())
     assert (record["background"], record["miou"], record["split"]) == (FIXED, scores.miou, "val")
     assert record["oracle"] is False
+
+
+def test_a_model_in_training_mode_is_scored_without_its_dropout(data):
+    torch.manual_seed(0)
+    dropping = create_model("cam", "toyvit", pretrained=False, drop_path_rate=.9)
+    expected = localize_split(dropping.eval(), data, batch_size=4, **QUIET)
+    dropping.train()
+    found = localize_split(dropping, data, batch_size=4, **QUIET)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(found.maps, expected.maps, rtol=0, atol=0)
+    assert dropping.training, "the model is left in the mode it was in"

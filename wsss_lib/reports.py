@@ -19,6 +19,7 @@ from .data.transforms import EvalTransform
 from .data.voc import VOC_CLASSES, encode_mask
 from .evaluation import ConfusionMatrix, Scores, ThresholdSweep, mean_average_precision
 from .localization import localize
+from .localization.cam import eval_mode
 from .phenomena import ContextActivation, PartCoverage
 from .paths import REPOSITORY
 from .refinement import pseudo_labels, scored_maps
@@ -67,7 +68,8 @@ def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int 
         chunk = [data[i] for i in range(start, min(start + batch_size, count))]
         images = torch.stack([transform(sample)["image"] for sample in chunk]).to(device)
         present = torch.stack([sample.labels for sample in chunk])
-        logits.append(model(images).float().cpu())
+        with eval_mode(model):
+            logits.append(model(images).float().cpu())
         maps.append(localize(model, images, present.to(device), method=method, **options).cpu())
         labels.append(present)
         samples.extend(chunk)

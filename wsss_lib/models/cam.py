@@ -66,7 +66,7 @@ class CamViT(nn.Module):
 
         The patch head's bias starts at the logit of PATCH_PRIOR (Lin et al. 2017, arXiv 1708.02002, section 4.1): a
         patch shows a given class rarely, and the bias says so before anything is learned. The activation map leaves
-        the bias out, so it is positive exactly where a patch is likelier to show the class than that.
+        the bias out, so it is positive where a patch is likelier to show the class than the bias alone would say.
         """
         if self.class_head is not None:
             self.class_head.reset_parameters()
