@@ -43,34 +43,40 @@ def toyvoc(args: argparse.Namespace) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train the toy backbone on mosaics, from image-level labels."""
+    """Train a toy backbone on mosaics, from image-level labels."""
     from functools import partial
 
     import torch
 
     from . import create_model
     from .data.toyvoc import build_toyvoc
+    from .models import fold_batch_norm
     from .reports import current_commit
     from .training.checkpoints import save_weights
     from .training.engine import TrainConfig, train
     from .training.recipes import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
 
     _check_device(args.device)
-    recipe = MosaicRecipe(batch=args.batch, singles_until=args.singles_until)
+    recipe = MosaicRecipe(batch=args.batch, mosaics=args.mosaics, singles_until=args.singles_until)
     config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
     root = Path(args.root) if args.root else build_toyvoc(cache_folder() / "toyvoc")
+    norm = args.stem_norm or ("none" if args.init else "batch")
     torch.manual_seed(args.seed)
-    model = create_model("cam", "toyvit", pretrained=args.init or False)
+    model = create_model("cam", args.backbone, pretrained=args.init or False, stem_norm=norm)
     batches = MosaicBatches(PictureStore(root, "single"), PictureStore(root, "train"), args.steps,
                             model.data_config["mean"], model.data_config["std"], recipe, args.seed)
     loss = partial(mosaic_loss, recipe=recipe)
     last = train(model, batches, loss, config, out=args.out, resume=args.resume)[-1]
-    record = {"seed": args.seed, "steps": args.steps, "recipe": asdict(recipe), "pictures": last["pictures"],
+    fold_batch_norm(model)
+    record = {"seed": args.seed, "backbone": args.backbone, "stem_norm": norm, "steps": args.steps, "lr": args.lr,
+              "recipe": asdict(recipe), "images": args.steps * args.batch, "pictures": last["pictures"],
+              "distinct_pictures": len(batches.singles.images) + len(batches.scenes.images),
               "seconds": round(last["seconds"]), "device": args.device,
               "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
               "command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit()}
-    save_weights(Path(args.out) / "toyvit.safetensors", model)
-    (Path(args.out) / "toyvit.json").write_text(json.dumps(record, indent=1) + "\n")
+    weights = Path(args.out) / f"{args.backbone}.safetensors"
+    save_weights(weights, model)
+    weights.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 
@@ -124,7 +130,12 @@ def main() -> None:
     p.add_argument("--root", help="ToyVOC tree (default: the cached one, drawn if it is not there)")
     p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn"])
+    p.add_argument("--stem-norm", choices=["none", "batch", "group"],
+                   help="norm in the convolutional stem; batch norm is folded into the saved weights (default: batch, "
+                        "after --init none)")
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--mosaics", type=float, default=.5, help="share of a batch that is mosaics")
     p.add_argument("--singles-until", type=float, default=.4,
                    help="share of the steps on single-object pictures")
     p.add_argument("--init", help="weights to start from")

@@ -162,12 +162,29 @@ def write_results(path: str | Path, result: dict) -> Path:
 
     ValueError for nan or infinite numbers, which JSON does not have; a file that was there stays as it was.
     """
-    path = Path(path)
     header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit(),
               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    content = json.dumps({**header, **result}, indent=1, allow_nan=False) + "\n"
+    return _write_json(Path(path), {**header, **result})
+
+
+def add_row(path: str | Path, row: dict) -> Path:
+    """Write a row into a study's JSON file {"rows": [...]}: in the place of the one with its name and seed, else last.
+
+    ValueError as `write_results`, and for a file that is no study.
+    """
+    path = Path(path)
+    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    if not isinstance(study, dict) or not isinstance(study.get("rows"), list):
+        raise ValueError(f'{path}: found no study, expected JSON with a list "rows"')
+    rows, key = study["rows"], (row["name"], row["seed"])
+    place = next((i for i, r in enumerate(rows) if (r["name"], r["seed"]) == key), len(rows))
+    return _write_json(path, {**study, "rows": rows[:place] + [row] + rows[place + 1:]})
+
+
+def _write_json(path: Path, content: dict) -> Path:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from .. import paths
 from .cam import CamOutput, CamViT
-from .vit import ConvStem, create_backbone, split_tokens
+from .toy import ConvStem, fold_batch_norm
+from .vit import create_backbone, split_tokens
 
-__all__ = ["METHODS", "CamOutput", "CamViT", "ConvStem", "create_backbone", "create_model", "load_weights",
-           "split_tokens"]
+__all__ = ["METHODS", "CamOutput", "CamViT", "ConvStem", "create_backbone", "create_model", "fold_batch_norm",
+           "load_weights", "split_tokens"]
 
 METHODS: dict[str, type[nn.Module]] = {"cam": CamViT}
-SHIPPED = {"toyvit": "checkpoints/toyvit.safetensors"}
+SHIPPED = {"toyvit": "checkpoints/toyvit.safetensors", "toycnn": "checkpoints/toycnn.safetensors"}
 
 
 def create_model(

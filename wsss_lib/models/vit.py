@@ -1,4 +1,4 @@
-"""Backbones: plain vision transformers of timm, and the small one that the course trains.
+"""Backbones: plain vision transformers of timm, the course's own (`toy`) among them.
 
 A backbone turns images (B, 3, H, W) into tokens (B, P + h*w, D): P prefix tokens (class, distillation,
 registers), then the patches row by row. Nothing of timm is patched, so whatever it calls a ViT works.
@@ -7,88 +7,12 @@ registers), then the patches row by row. Nothing of timm is patched, so whatever
 from __future__ import annotations
 
 import difflib
-import functools
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.layers import HybridEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-__all__ = ["ConvStem", "create_backbone", "forward_tokens", "num_class_tokens", "patch_stride",
-           "split_tokens", "token_grid"]  # timm's registry adds toyvit
-
-GROUPS = 8
-
-default_cfgs = generate_default_cfgs({  # where timm's registry looks for the input that a model expects
-    "toyvit": {
-        "input_size": (3, 112, 112), "fixed_input_size": True, "num_classes": 20, "pool_size": None,
-        "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "interpolation": "bilinear", "crop_pct": 1.0,
-        "first_conv": "patch_embed.backbone.down1.0", "classifier": "head", "license": "mit",
-    },
-})
-
-
-class Residual(nn.Module):
-    """x -> relu(x + two 3x3 convolutions of x): (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x))
-
-
-class ConvStem(nn.Module):
-    """Images (B, in_chans, H, W) -> features (B, 128, H/8, W/8), for H and W that are multiples of 8.
-
-    A small ViT on few pictures learns far faster from these features than from raw patches. Group norm, not
-    batch norm: pictures do not mix, whatever the batch size, and fine-tuning has no statistics to freeze.
-    """
-
-    def __init__(self, in_chans: int = 3) -> None:
-        super().__init__()
-        self.down1 = _down(in_chans, 32)
-        self.down2 = _down(32, 64)
-        self.block2 = Residual(64)
-        self.down3 = _down(64, 128)
-        self.block3 = Residual(128)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.block2(self.down2(self.down1(images)))  # (B, 64, H/4, W/4)
-        return self.block3(self.down3(x))  # (B, 128, H/8, W/8)
-
-
-def _down(in_chans: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_chans, channels, 3, stride=2, padding=1, bias=False), nn.GroupNorm(GROUPS, channels),
-        nn.ReLU(inplace=True),
-    )
-
-
-@register_model
-def toyvit(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """The course's backbone: ConvStem, then 6 blocks of width 128 with 4 heads, on 14x14 tokens of 8 px.
-
-    1.7 M parameters, made for ToyVOC's 112x112 pictures; `timm.create_model("toyvit")` finds it too.
-    Raises ValueError for pretrained=True: the shipped weights include heads, which timm knows nothing of.
-    """
-    if pretrained:
-        raise ValueError(
-            "toyvit: timm has no weights for it; wsss_lib.create_model('cam', 'toyvit', pretrained=True) "
-            "loads the shipped ones"
-        )
-    stem = functools.partial(HybridEmbed, backbone=ConvStem(kwargs.get("in_chans", 3)))
-    # patch_size 1: a token is one position of the stem's output, projected by a 1x1 convolution.
-    shape = dict(img_size=112, patch_size=1, embed_dim=128, depth=6, num_heads=4, embed_layer=stem)
-    return build_model_with_cfg(VisionTransformer, "toyvit", False, **{**shape, **kwargs})
+from . import toy  # noqa: F401, timm's registry gets toyvit and toycnn
 
 
 def create_backbone(name: str, pretrained: bool = False, **kw) -> nn.Module:
