@@ -40,8 +40,8 @@ default_cfgs = generate_default_cfgs({"toyvit": _config, "toycnn": _config})
 def _conv(in_chans: int, channels: int, norm: str, stride: int = 1) -> list[nn.Module]:
     """A 3x3 convolution and its norm; the bias is the norm's where there is one."""
     conv = nn.Conv2d(in_chans, channels, 3, stride=stride, padding=1, bias=norm == "none")
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    if conv.bias is not None:
+    if norm == "none":  # no norm will mend the scale
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         nn.init.zeros_(conv.bias)
     return [conv, NORMS[norm](channels)]
 
@@ -99,18 +99,13 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 def toyvit(pretrained: bool = False, stem_norm: str = "none", **kwargs) -> VisionTransformer:
     """The course's backbone: ConvStem, then 6 blocks of width 128 with 4 heads, 1.7 M parameters.
 
-    Linear layers start at a standard deviation of 0.7 / sqrt(fan in): timm's 0.02 suits widths near 1000.
     Raises ValueError for pretrained=True: the shipped weights include heads, which timm knows nothing of.
     """
     _no_weights("toyvit", pretrained)
     stem = functools.partial(HybridEmbed, backbone=ConvStem(kwargs.get("in_chans", 3), stem_norm))
     # patch_size 1: a token is one position of the stem's output, projected by a 1x1 convolution.
     shape = dict(img_size=112, patch_size=1, embed_dim=WIDTH, depth=6, num_heads=4, embed_layer=stem)
-    model = build_model_with_cfg(VisionTransformer, "toyvit", False, **{**shape, **kwargs})
-    for layer in model.blocks.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.7 * layer.in_features**-0.5)
-    return model
+    return build_model_with_cfg(VisionTransformer, "toyvit", False, **{**shape, **kwargs})
 
 
 class ToyCNN(nn.Module):
