@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.transforms import scaled_views
+from .attention import class_attention, rollout
 from .cam import cam, grad_cam
+from .getam import getam
 from .slots import check_labels
 
-METHODS: dict[str, Callable[..., Tensor]] = {"cam": cam, "grad_cam": grad_cam}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "cam": cam, "grad_cam": grad_cam, "getam": getam, "attention": class_attention, "rollout": rollout,
+}
 
 
 def localize(
@@ -29,7 +33,8 @@ def localize(
     Each scale (and with flip its mirror image) is a pass of its own, on images resized to the multiple of the
     model's patch stride that is nearest. The maps are mirrored back, resized bilinearly (align_corners False)
     to the grid of the largest scale, and averaged raw: a scale with larger values counts for more
-    (Grad-CAM falls with the number of patches, so there small scales do).
+    (Grad-CAM and GETAM fall with the number of patches, so there small scales do).
+    "attention" and "rollout" know no classes: all present classes of an image have the same map.
     One scale without flip is the method's own map, bit for bit, if the images fit the stride.
     Raises ValueError for an unknown method, wrong images, labels or scales, and as the method.
     """
