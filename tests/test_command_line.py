@@ -99,6 +99,7 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
     record = json.loads((out / "toyvit.json").read_text())
     assert (record["seed"], record["steps"], record["init"]) == (2, 3, None)
     assert record["recipe"]["batch"] == 4 and record["pictures"] == 3 * (2 + 4 * 2)
+    assert (record["images"], record["stem_norm"], record["backbone"]) == (3 * 4, "batch", "toyvit")
     assert record["command"].startswith("python -m wsss_lib pretrain --root")
     weights = load_file(out / "toyvit.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
@@ -113,11 +114,31 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
         assert (entry["method"], entry["split"], entry["pictures"]) == (method, "val", 3)
         assert entry["fixed"]["background"] == .3
         assert 0 < entry["fixed"]["miou"] <= entry["best"]["miou"] <= 1
-        assert entry["options"] == {"scales": [1.0], "flip": True}
+        expected = {"scales": [1.0], "flip": True, "power": 1.0, "refine": None, "limit": None}
+        assert entry["options"] == expected
     assert found["torch"] == torch.__version__
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in printed] == ["cam", "grad_cam"]
     assert all("(oracle)" in line and ", val, 3 pictures" in line for line in printed)
+
+
+def test_a_study_gets_a_row_for_each_training(run, tree, tmp_path):
+    study, out = tmp_path / "study.json", tmp_path / "cnn"
+    run("pretrain", "--root", tree, "--out", out, "--steps", 1, "--batch", 2, "--backbone", "toycnn",
+        "--mosaics", 0)
+    score = ("evaluate", "--root", tree, "--backbone", "toycnn", "--checkpoint", out / "toycnn.safetensors",
+             "--limit", 2, "--study", study)
+    run(*score, "--name", "CNN", "--refine", "none", "par")
+    run(*score, "--name", "again")
+    run(*score, "--name", "CNN")
+    first, second = json.loads(study.read_text())["rows"]
+    assert (first["name"], second["name"]) == ("CNN", "again")  # the second CNN took the place of the first
+    assert "cam+par" not in first and first["pictures"] == 2 and first["images"] == 2
+    assert first["training"]["recipe"]["mosaics"] == 0 and first["training"]["backbone"] == "toycnn"
+    assert first["cam"]["fixed"]["miou"] <= first["cam"]["best"]["miou"]
+    assert "found name None" in error_of(run, *score)
+    study.write_text("[]")
+    assert "found no study" in error_of(run, *score, "--name", "CNN") and study.read_text() == "[]"
 
 
 def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run, tree, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from wsss_lib import create_model, paths
 from wsss_lib.models.cam import PATCH_PRIOR
-from wsss_lib.models import METHODS, CamViT, ConvStem, create_backbone, split_tokens
+from wsss_lib.models import METHODS, CamViT, ConvStem, create_backbone, fold_batch_norm, split_tokens
 
 # name: (pixels per token, prefix tokens, of which class tokens)
 VITS = {
@@ -68,7 +68,47 @@ def test_toyvit_is_what_the_course_says():
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
     stem = ConvStem()
     assert stem(torch.zeros(1, 3, 16, 40)).shape == (1, 128, 2, 5)
-    assert all(m.bias is None for m in stem.modules() if isinstance(m, nn.Conv2d))
+    assert not any(isinstance(m, NORMS) for m in stem.modules())
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("name", ["toyvit", "toycnn"])
+def test_folded_batch_norm_gives_the_same_outputs_and_the_tensors_that_ship(name):
+    torch.manual_seed(0)
+    model = create_model("cam", name, pretrained=False, stem_norm="batch")
+    for _ in range(3):  # statistics that are not 0 and 1
+        model(2 * torch.randn(4, 3, 32, 32) + 1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias)
+    model.eval()
+    images = torch.randn(2, 3, 48, 32)
+    expected = model.forward_heads(images)
+    assert fold_batch_norm(model) is model and not model.training
+    assert not any(isinstance(m, NORMS) for m in model.backbone.patch_embed.modules())
+    for found, wanted in zip(model.forward_heads(images), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # float32, a dozen layers
+    plain = create_model("cam", name, pretrained=False)
+    shapes = {n: t.shape for n, t in plain.state_dict().items()}
+    assert {n: t.shape for n, t in model.state_dict().items()} == shapes
+    assert fold_batch_norm(model.train()).training
+
+
+def test_stem_norms():
+    assert any(isinstance(m, nn.GroupNorm) for m in create_backbone("toyvit", stem_norm="group").modules())
+    with pytest.raises(ValueError, match="norm: found 'layer', expected one of none, batch, group"):
+        create_backbone("toyvit", stem_norm="layer")
+
+
+def test_toycnn_is_as_large_as_toyvit_and_has_no_class_token():
+    sizes = [sum(p.numel() for p in create_backbone(n).parameters()) for n in ("toyvit", "toycnn")]
+    assert abs(sizes[1] / sizes[0] - 1) < 0.05
+    model = create_model("cam", "toycnn", 3, pretrained=False).eval()
+    heads = model.forward_heads(torch.randn(2, 3, 32, 48))
+    assert heads.class_logits is heads.pooled and heads.patch_logits.shape == (2, 3, 4, 6)
+    with pytest.raises(ValueError, match="toycnn: timm has no weights"):
+        timm.create_model("toycnn", pretrained=True)
 
 
 def test_create_backbone_hands_arguments_to_timm_and_leaves_the_mode_alone():

@@ -7,6 +7,7 @@ from reference import naive_cam as naive
 
 from wsss_lib import evaluate, pseudo_labels
 from wsss_lib.evaluation import ThresholdSweep
+from wsss_lib.kernels.local_refinement import refine_cam
 from wsss_lib.refinement import scored_maps
 
 LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
@@ -81,6 +82,22 @@ def test_resizing_never_leaves_zero_to_one():
         assert scored_maps(maps, torch.ones(1, 1), size).max() <= 1
 
 
+@pytest.mark.parametrize("variant", ["par", "pamr"])
+def test_refined_scores_are_the_kernels_and_the_background_stays_comparable(maps, variant):
+    images = 255 * torch.rand(4, 3, 9, 13, generator=torch.Generator().manual_seed(2))
+    plain = scored_maps(maps, LABELS, images=images)
+    refined = scored_maps(maps, LABELS, images=images, refine=variant)
+    # the background as a channel of its own, as the papers have it, against a threshold on the others
+    background = torch.full((4, 1, 9, 13), 0.3)
+    channels = refine_cam(images, torch.cat([background, plain], 1), variant=variant)
+    expected = channels.argmax(1)
+    found = pseudo_labels(maps, LABELS, images, background=0.3, refine=variant)
+    clear = channels.topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 1e-5  # rounding decides ties
+    assert clear.float().mean() > 0.7 and torch.equal(found[clear], expected[clear])
+    assert not torch.equal(refined, plain) and refined.max() <= 1
+    assert (refined[LABELS == 0] == 0).all()
+
+
 def test_refusals(maps):
     good = {"maps": maps, "labels": LABELS}
     nan = maps.clone()
@@ -89,7 +106,9 @@ def test_refusals(maps):
         ({"background": 1.01}, "background: found 1.01"),
         ({"background": -0.1}, "background: found -0.1"),
         ({"background": float("nan")}, "background: found nan"),
-        ({"refine": "par"}, "refine: found 'par'; available: None"),
+        ({"refine": "pra"}, "refine: found 'pra', expected None or one of par, pamr"),
+        ({"refine": "par"}, "images: found none, expected images of the scores' size"),
+        ({"refine": "par", "images": torch.zeros(4, 3, 8, 8), "size": (4, 4)}, r"images: found \(8, 8\) pixels"),
         ({"images": torch.zeros(3, 3, 8, 8)}, r"images: found shape \(3, 3, 8, 8\), expected \(4, 3, H, W\)"),
         ({"images": torch.zeros(3, 8, 8)}, "images: found shape"),
         ({"size": (0, 5)}, r"size: found \(0, 5\)"),

@@ -11,22 +11,44 @@ def _ledger(name: str) -> dict:
     return json.loads((ROOT / "data" / "results" / name).read_text(encoding="utf-8"))
 
 
+NAMES = {"cam": "CAM", "cam+par": "CAM, PAR", "getam": "GETAM", "getam+par": "GETAM, PAR"}
+
+
 def test_quoted_scores_are_the_measured_ones():
     """Each row of the results table, rebuilt from data/results."""
-    for name, views in (("cam_one_view", "1"), ("cam_multiscale", "1, 1.5, flip")):
-        r = _ledger(f"{name}.json")["cam"]
+    one, many = _ledger("toyvit_one_view.json"), _ledger("toyvit_multiscale.json")
+    rows = [(one, key, "1") for key in NAMES] + [(many, key, "1, 1.5, flip") for key in ("cam", "cam+par")]
+    for ledger, key, views in rows:
+        r = ledger[key]
         head, body = (100 * r["coverage"][k] for k in ("head", "body"))
-        row = (f"| {views} | {r['mean_average_precision']:.3f} | {100 * r['best']['miou']:.1f} at "
-               f"{r['best']['background']:.2f} | {100 * r['fixed']['miou']:.1f} | {head:.0f} / {body:.0f} | "
+        row = (f"| {NAMES[key]} | {views} | {100 * r['best']['miou']:.1f} at {r['best']['background']:.2f} | "
+               f"{100 * r['fixed']['miou']:.1f} | {head:.0f} / {body:.0f} | "
                f"{100 * r['background_called_foreground']:.0f} |")
         assert row in README, row
+    assert f"The classifier's mAP is {one['cam']['mean_average_precision']:.3f}." in README
+
+
+def test_the_pretraining_study_is_quoted_as_measured():
+    for r in _ledger("pretraining.json")["rows"]:
+        cam, par, getam = r["cam"]["best"]["miou"], r["cam+par"]["best"]["miou"], r.get("getam")
+        row = (f"| {r['name']} | {r['seed']} | {r['images'] // 1000}k | {r['mean_average_precision']:.3f} | "
+               f"{100 * cam:.1f} | {100 * par:.1f} | ")
+        if getam:
+            row += f"{100 * getam['best']['miou']:.1f} | {getam['coverage']['head'] / getam['coverage']['body']:.2f} |"
+        assert row in README, row
+
+
+def test_shipped_weights_have_a_row_in_the_study():
+    rows = [r["training"] for r in _ledger("pretraining.json")["rows"]]
+    for record in (ROOT / "data" / "checkpoints").glob("*.json"):
+        assert json.loads(record.read_text()) in rows, record.name
 
 
 def test_the_scores_in_the_notebook_are_the_measured_ones():
     """The closing table of 01_cam_basics quotes the same ledgers."""
     notebook = json.loads((ROOT / "notebooks" / "01_cam_basics.ipynb").read_text(encoding="utf-8"))
     text = "".join(next(cell for cell in notebook["cells"] if cell["id"] == "reports")["source"])
-    for name, maps in (("cam_one_view", "CAM, one view"), ("cam_multiscale", "CAM, scales 1, 1.5 and flip")):
+    for name, maps in (("toyvit_one_view", "CAM, one view"), ("toyvit_multiscale", "CAM, scales 1, 1.5 and flip")):
         r = _ledger(f"{name}.json")["cam"]
         best, fixed = r["best"], r["fixed"]
         assert f"| {maps} | {100 * best['miou']:.1f} | {best['background']:.2f}, chosen on the truth |" in text

@@ -16,6 +16,7 @@ from wsss_lib.data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS, build_toyv
 from wsss_lib.data.transforms import EvalTransform
 from wsss_lib.data.voc import VOC, VOC_CLASSES
 from wsss_lib.evaluation import mean_average_precision
+from wsss_lib.paths import REPOSITORY
 from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds,
                               write_pseudo_labels, write_results)
 
@@ -149,6 +150,18 @@ def test_limit_takes_the_first_pictures(model, data):
     assert [sample.name for sample in split.samples] == data.names[:2] and len(split.maps) == 2
 
 
+def test_power_and_refinement_are_those_of_the_library(model, data, maps):
+    split = localize_split(model, data, batch_size=6, power=.5, refine="par", limit=3, **QUIET)
+    torch.testing.assert_close(split.maps, maps[:3].sqrt(), atol=1e-4, rtol=1e-4)
+    images = torch.stack([torch.as_tensor(sample.image) for sample in split.samples])
+    expected = pseudo_labels(split.maps, split.labels, images, background=FIXED, refine="par")
+    found = torch.stack([split.pseudo_labels(i, FIXED) for i in range(3)])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, pseudo_labels(split.maps, split.labels, images, background=FIXED))
+    score = sweep_thresholds(split).scores_at(FIXED)
+    assert (score.confusion == evaluate(expected, stacked(data, "mask")[:3]).confusion).all()
+
+
 def test_the_size_of_a_batch_makes_no_difference(model, data, maps):
     split = localize_split(model, data, batch_size=1, **QUIET)
     torch.testing.assert_close(split.maps, maps, atol=1e-4, rtol=1e-4)
@@ -157,14 +170,14 @@ def test_the_size_of_a_batch_makes_no_difference(model, data, maps):
 
 
 def test_results_say_what_made_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["wsss_lib", "evaluate", "--split", "val"])
+    monkeypatch.setattr(sys, "argv", ["wsss_lib", "evaluate", "--split", "val", "--root", f"{REPOSITORY}/data/x"])
     path = write_results(tmp_path / "new" / "cam.json", {"miou": .5})
     assert path == tmp_path / "new" / "cam.json"
     found = json.loads(path.read_text())
     commit = found.pop("commit")
     assert commit is None or re.fullmatch("[0-9a-f]{7,}", commit), "None outside a git checkout"
     assert found == {
-        "command": "python -m wsss_lib evaluate --split val", "torch": torch.__version__,
+        "command": "python -m wsss_lib evaluate --split val --root data/x", "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "miou": .5}
     assert [f.name for f in path.parent.iterdir()] == ["cam.json"], "no temporary file stays"
 

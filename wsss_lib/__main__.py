@@ -1,14 +1,15 @@
-"""Command line: `python -m wsss_lib {toyvoc, pretrain, evaluate}`, for work that outgrows a notebook."""
+"""Command line: `python -m wsss_lib {toyvoc, pretrain, evaluate, bench}`, for work that outgrows a notebook."""
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from .paths import cache_folder, shipped
+
+POWER = {"getam": 1 / 3}     # GETAM is a product of three numbers, A G G: the cube root is on the scale of one
 
 
 def _check_device(name: str) -> None:
@@ -51,7 +52,7 @@ def pretrain(args: argparse.Namespace) -> None:
     from . import create_model
     from .data.toyvoc import build_toyvoc
     from .models import fold_batch_norm
-    from .reports import current_commit
+    from .reports import command_line, current_commit
     from .training.checkpoints import save_weights
     from .training.engine import TrainConfig, train
     from .training.recipes import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
@@ -73,7 +74,7 @@ def pretrain(args: argparse.Namespace) -> None:
               "distinct_pictures": len(batches.singles.images) + len(batches.scenes.images),
               "seconds": round(last["seconds"]), "device": args.device,
               "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
-              "command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit()}
+              "command": command_line(), "commit": current_commit()}
     weights = Path(args.out) / f"{args.backbone}.safetensors"
     save_weights(weights, model)
     weights.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -91,21 +92,46 @@ def evaluate(args: argparse.Namespace) -> None:
     from . import create_model
     from .data.sample import TRUTHS
     from .data.voc import VOC
-    from .reports import report, write_results
+    from .reports import add_row, report, study_row, write_results
 
     _check_device(args.device)
-    model = create_model("cam", "toyvit", pretrained=args.checkpoint or True).to(args.device).eval()
+    model = create_model("cam", args.backbone, pretrained=args.checkpoint or True).to(args.device).eval()
     data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
-    options = {"scales": tuple(args.scales), "flip": args.flip}
-    result = {method: report(model, data, method, args.background, **options) for method in args.methods}
+    options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit}
+    result = {}
+    for method in args.methods:
+        for refine in args.refine:
+            name = method if refine == "none" else f"{method}+{refine}"
+            result[name] = report(model, data, method, args.background, power=POWER.get(method, 1.),
+                                  refine=None if refine == "none" else refine, **options)
     if args.results:
         write_results(args.results, result)
-    for method, r in result.items():
+    if args.study:
+        record = _record_of(args.checkpoint or shipped(f"checkpoints/{args.backbone}.safetensors"))
+        add_row(args.study, study_row(args.name, record, result))
+    for name, r in result.items():
         best, fixed = r["best"], r["fixed"]
-        print(f"{method}, {r['split']}, {r['pictures']} pictures, labels given: "
+        print(f"{name}, {r['split']}, {r['pictures']} pictures, labels given: "
               f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * best['miou']:.1f} at {best['background']} "
               f"(oracle), {100 * fixed['miou']:.1f} at {fixed['background']}; coverage {r['coverage']}; "
               f"background called foreground {r['background_called_foreground']}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Time the kernels beside what the published code does."""
+    import torch
+
+    from .bench import BUDGET, run, table
+    from .bench_cases import cases
+
+    _check_device(args.device)
+    device = torch.device(args.device)
+    result = {"size": args.size, **run(cases(args.kernel, args.size, device), device, BUDGET[args.size])}
+    print(table(result))
+    if args.results:
+        from .reports import write_results
+
+        write_results(args.results, result)
 
 
 def main() -> None:
@@ -149,14 +175,28 @@ def main() -> None:
     p.add_argument("--checkpoint", help="weights (default: the shipped ones)")
     p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
     p.add_argument("--split", default="val")
+    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn"])
     p.add_argument("--methods", nargs="+", default=["cam"])
+    p.add_argument("--refine", nargs="+", default=["none"], choices=["none", "par", "pamr"],
+                   help="score the maps as they are (none) and refined")
+    p.add_argument("--limit", type=int, help="the first so many pictures only")
     p.add_argument("--scales", nargs="+", type=float, default=[1.0])
     p.add_argument("--flip", action="store_true")
     p.add_argument("--background", type=float, default=.4,
                    help="fixed threshold reported beside the best one")
     p.add_argument("--device", default="cpu")
     p.add_argument("--results", help="write the report to this JSON file")
+    p.add_argument("--study", help="write a row with training record and scores into this JSON file")
+    p.add_argument("--name", help="the row's name")
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("bench", help=bench.__doc__)
+    p.add_argument("--kernel", nargs="+", metavar="NAME", help="only these (default: all)")
+    p.add_argument("--size", default="small", choices=["tiny", "small", "paper"],
+                   help="tiny: does it run; small: two minutes on a laptop; paper: the papers' sizes, half an hour")
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    p.add_argument("--results", help="write all of it to this JSON file")
+    p.set_defaults(run=bench)
 
     args = parser.parse_args()
     try:

@@ -32,6 +32,7 @@ class LocalizedSplit:
     """Everything a score needs of a split, in memory: maps at the token grid, truths at picture size.
 
     logits, labels (N, C); maps (N, C, h, w); samples: the N data set items with their truths.
+    refine: what `pseudo_labels` does to the scores ("par", "pamr"), None for nothing.
     """
 
     name: str
@@ -39,21 +40,25 @@ class LocalizedSplit:
     labels: Tensor
     maps: Tensor
     samples: list
+    refine: str | None = None
+
+    def _picture(self, i: int) -> dict:
+        image = torch.as_tensor(self.samples[i].image)[None]
+        return {"maps": self.maps[i:i + 1], "labels": self.labels[i:i + 1], "images": image, "refine": self.refine}
 
     def scores(self, i: int) -> Tensor:
         """(1, C, H, W): the maps of picture i, normalised to [0, 1], at its size; absent classes are zero."""
-        return scored_maps(self.maps[i:i + 1], self.labels[i:i + 1], self.samples[i].image.shape[-2:])
+        return scored_maps(**self._picture(i))
 
     def pseudo_labels(self, i: int, background: float) -> Tensor:
         """(H, W): the pseudo label of picture i."""
-        size = self.samples[i].image.shape[-2:]
-        return pseudo_labels(self.maps[i:i + 1], self.labels[i:i + 1], background=background, size=size)[0]
+        return pseudo_labels(**self._picture(i), background=background)[0]
 
 
 @torch.no_grad()
 def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int = 50,
                    progress: bool = True, size: int | None = None, limit: int | None = None,
-                   **options) -> LocalizedSplit:
+                   power: float = 1., refine: str | None = None, **options) -> LocalizedSplit:
     """Run a model over a data set, image-level labels given; `options` go to `localize`.
 
     size: pictures are resized to size x size for the model (truths keep theirs); None: they all have one
@@ -70,10 +75,11 @@ def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int 
         present = torch.stack([sample.labels for sample in chunk])
         with eval_mode(model):
             logits.append(model(images).float().cpu())
-        maps.append(localize(model, images, present.to(device), method=method, **options).cpu())
+        found = localize(model, images, present.to(device), method=method, **options)
+        maps.append(found.pow(power).cpu())
         labels.append(present)
         samples.extend(chunk)
-    return LocalizedSplit(data.split, torch.cat(logits), torch.cat(labels), torch.cat(maps), samples)
+    return LocalizedSplit(data.split, torch.cat(logits), torch.cat(labels), torch.cat(maps), samples, refine)
 
 
 def sweep_thresholds(split: LocalizedSplit) -> ThresholdSweep:
@@ -157,14 +163,37 @@ def current_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def command_line() -> str:
+    """The command that is running; paths inside the repository are told from there, for they hold elsewhere too."""
+    return "python -m wsss_lib " + " ".join(part.removeprefix(f"{REPOSITORY}/") for part in sys.argv[1:])
+
+
 def write_results(path: str | Path, result: dict) -> Path:
     """Write a ledger entry as JSON with the command, commit, machine kind and versions that made it.
 
     ValueError for nan or infinite numbers, which JSON does not have; a file that was there stays as it was.
     """
-    header = {"command": "python -m wsss_lib " + " ".join(sys.argv[1:]), "commit": current_commit(),
+    header = {"command": command_line(), "commit": current_commit(),
               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     return _write_json(Path(path), {**header, **result})
+
+
+def study_row(name: str | None, training: dict | None, reports: dict[str, dict]) -> dict:
+    """A row of a study: how the weights were made (the record `pretrain` writes beside them), how their maps score.
+
+    ValueError without a name or a record: a row that cannot be told from others, or made again, is no evidence.
+    """
+    if not name or not training:
+        raise ValueError(f"study: found name {name!r} and {'a' if training else 'no'} record of the training, "
+                         "expected both; `pretrain` writes the record beside the weights")
+    kept = ("best", "fixed", "coverage", "background_called_foreground")
+    scores = {key: {k: r[k] for k in kept} for key, r in reports.items()}
+    for score in scores.values():
+        score["best"] = {k: v for k, v in score["best"].items() if k != "iou"}
+    first = next(iter(reports.values()))
+    return {"name": name, "seed": training["seed"], "images": training["images"],
+            "minutes": round(training["seconds"] / 60, 1), "split": first["split"], "pictures": first["pictures"],
+            "mean_average_precision": first["mean_average_precision"], **scores, "training": training}
 
 
 def add_row(path: str | Path, row: dict) -> Path:
