@@ -56,7 +56,7 @@ def dense_crf_uncached(
 
     Both lattices built anew for every image, their vertices found by one sort of all N (d + 1) of them; splat
     and slice as CSR matrices, blur as gathered neighbours, normalisation and weight multiplied in at every
-    iteration: 255 MB at the peak for 500x375 pixels, 21 labels and 130 000 vertices.
+    iteration: 215 MB at the peak for 500x375 pixels, 21 labels and 130 000 vertices.
     """
     from .dense_crf import bilateral_features, positions
 
