@@ -150,6 +150,7 @@ def test_the_median_is_taken_not_the_mean():
     case = Case("made_up", "", lambda device: calls, bytes=1, flops=1, needs=0)
     (row,) = measure(case, CPU, RATES, 0, lambda device, threads: fake.clock)
     assert (row["baseline_seconds"], row["seconds"], row["speed_ratio"]) == (5, 2, 2.5)
+    assert (row["baseline_range"], row["range"]) == ([4, 99], [1, 99])
 
 
 def test_every_thread_count_has_a_row_and_its_own_floor():
@@ -170,8 +171,8 @@ def test_a_baseline_that_does_not_fit_is_left_out_and_said_so():
         pytest.skip("this system does not say how much memory is free")
     (row,) = measure(made_up_case(fake, needs), CPU, RATES, 0, lambda device, threads: fake.clock)
     assert "b" not in fake.log and row["seconds"] == 2
-    compared = "baseline_seconds speed_ratio baseline_peak_bytes memory_ratio baseline_error error"
-    assert [row[name] for name in compared.split()] == [None] * 6
+    compared = "baseline_seconds baseline_range speed_ratio baseline_peak_bytes memory_ratio baseline_error error"
+    assert [row[name] for name in compared.split()] == [None] * 7
     assert f"needs {needs / 1e9:.1f} GB" in row["note"] and "left out" in row["note"]
     assert row["note"] in printed([row]) and "made_up" in printed([row])
 

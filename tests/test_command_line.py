@@ -125,7 +125,7 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
 def test_a_study_gets_a_row_for_each_training(run, tree, tmp_path):
     study, out = tmp_path / "study.json", tmp_path / "cnn"
     run("pretrain", "--root", tree, "--out", out, "--steps", 1, "--batch", 2, "--backbone", "toycnn",
-        "--mosaics", 0)
+        "--mosaics", 0, "--stem-norm", "group")
     score = ("evaluate", "--root", tree, "--backbone", "toycnn", "--checkpoint", out / "toycnn.safetensors",
              "--limit", 2, "--study", study)
     run(*score, "--name", "CNN", "--refine", "none", "par")

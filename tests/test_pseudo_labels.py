@@ -7,7 +7,7 @@ from reference import naive_cam as naive
 
 from wsss_lib import evaluate, pseudo_labels
 from wsss_lib.evaluation import ThresholdSweep
-from wsss_lib.kernels.local_refinement import refine_cam
+from wsss_lib.kernels import refine_cam
 from wsss_lib.refinement import scored_maps
 
 LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])

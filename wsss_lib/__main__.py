@@ -95,7 +95,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from .reports import add_row, report, study_row, write_results
 
     _check_device(args.device)
-    model = create_model("cam", args.backbone, pretrained=args.checkpoint or True).to(args.device).eval()
+    record = _record_of(args.checkpoint or shipped(f"checkpoints/{args.backbone}.safetensors"))
+    group = (record or {}).get("stem_norm") == "group"          # batch norm is folded into the weights
+    model = create_model("cam", args.backbone, pretrained=args.checkpoint or True,
+                         stem_norm="group" if group else "none").to(args.device).eval()
     data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
     options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit}
     result = {}
@@ -107,7 +110,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.results:
         write_results(args.results, result)
     if args.study:
-        record = _record_of(args.checkpoint or shipped(f"checkpoints/{args.backbone}.safetensors"))
         add_row(args.study, study_row(args.name, record, result))
     for name, r in result.items():
         best, fixed = r["best"], r["fixed"]

@@ -87,6 +87,7 @@ def measure(
 ) -> list[dict]:
     """One row for each thread count in `rates`: median seconds, peak bytes, ratios baseline / ours, errors.
 
+    "range" is the fastest and the slowest sample: where it is wide, page faults or other processes had a part.
     Where the baseline does not fit, its fields and the errors are None, and `note` says so. ValueError where
     results have different shapes or are not finite. clock_for: a clock for a device and a number of threads.
     """
@@ -103,7 +104,8 @@ def measure(
             "kernel": case.kernel, "case": case.title, "dtype": str(case.dtype).removeprefix("torch."),
             "threads": threads, "clock": "process" if clock is time.process_time else "wall",
             "samples": len(times[-1]), "baseline_seconds": baseline, "seconds": ours,
-            "speed_ratio": _ratio(baseline, ours),
+            "baseline_range": None if note else [min(times[0]), max(times[0])],
+            "range": [min(times[-1]), max(times[-1])], "speed_ratio": _ratio(baseline, ours),
             "baseline_peak_bytes": peaks[0], "peak_bytes": peaks[1], "memory_ratio": _ratio(*peaks),
             "baseline_error": errors[0], "error": errors[1],
             "bytes": case.bytes, "flops": case.flops, "floor_seconds": floor, "times_floor": ours / floor,

@@ -183,3 +183,22 @@ def _copy_neighbors(maps: Tensor, dilations: tuple[int, ...]) -> Tensor:
     for k, (dy, dx) in enumerate((d * dy, d * dx) for d in dilations for dy, dx in _RING):
         copies[:, :, k] = padded[:, :, margin + dy : margin + dy + height, margin + dx : margin + dx + width]
     return copies
+
+
+def attention_consistency_loss(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, permutation: Tensor, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    """ACR's two terms from written-out attention; arguments as of `kernels.attention_consistency_loss`.
+
+    Autograd keeps each head's attention of every block and view: 2 L B H N^2 numbers, 366 MiB for ViT-B at
+    384 x 384 (the gradients as much again for one block). Scores are scaled and soft-maxed as timm writes them out.
+    """
+    region, affinity = [], []
+    for q_1, k_1, q_2, k_2 in zip(q1, k1, q2, k2):
+        scale, p = q_1.shape[-1] ** -0.5, num_prefix_tokens
+        one = ((q_1 * scale) @ k_1.transpose(-2, -1)).softmax(-1).mean(1)  # (B, H, N, N) -> (B, N, N)
+        two = ((q_2 * scale) @ k_2.transpose(-2, -1)).softmax(-1).mean(1)
+        region.append((one[:, 0, p:] - two[:, 0, p:][:, permutation]).abs().mean())
+        patches = two[:, p:, p:][:, permutation][:, :, permutation]
+        affinity.append((one[:, p:, p:] - patches).abs().mean())
+    return torch.stack(region).mean(), torch.stack(affinity).mean()

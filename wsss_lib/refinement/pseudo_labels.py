@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import refine_cam
 from ..localization.normalize import normalize_maps
 from ..localization.slots import check_labels
 
@@ -55,8 +56,6 @@ def scored_maps(maps: Tensor, labels: Tensor, size: Sequence[int] | None = None,
 
 def _refined(scores: Tensor, images: Tensor, variant: str) -> Tensor:
     """Scores (B, C, H, W) refined; those of absent classes, all zero, cost nothing."""
-    from ..kernels.local_refinement import refine_cam
-
     present = scores.flatten(2).any(dim=2).any(dim=0)  # (C,)
     gain = PAR_GAIN**ITERATIONS if variant == "par" else 1.0
     refined = torch.zeros_like(scores)
