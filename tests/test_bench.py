@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from itertools import count
@@ -16,7 +17,8 @@ from wsss_lib.allocations import count_allocations
 from wsss_lib.bench import Calls, Case, compare, measure, relative_error, table
 from wsss_lib.bench_getam import getam_loop, random_vit
 from wsss_lib.bench_instruments import (
-    Rates, cuda_clock, free_bytes, make_clock, measure_rates, num_threads, thread_settings, time_in_turns,
+    Rates, cuda_clock, free_bytes, make_clock, measure_rates, num_threads, system_share, thread_settings,
+    time_in_turns,
 )
 from wsss_lib.kernels.dense_crf import bilateral_features, positions
 from wsss_lib.kernels.permutohedral import PermutohedralLattice
@@ -139,13 +141,13 @@ def test_a_row_holds_medians_ratios_errors_and_the_distance_to_the_floor():
     assert row["memory_ratio"] == row["baseline_peak_bytes"] / row["peak_bytes"]
     assert (row["baseline_error"], row["error"]) == (0.5, 0.25)
     assert (row["floor_seconds"], row["times_floor"], row["note"]) == (0.5, 4, None)
-    # Errors, memory, a round to warm up, three to time: memory is counted in no sample.
-    assert fake.log == ["b", "o"] * 6
+    # Errors, memory, system time, a round to warm up, three to time: memory is counted in no sample.
+    assert fake.log == ["b", "o"] * 7
 
 
 def test_the_median_is_taken_not_the_mean():
     fake, one = Fake(), (torch.ones(1),)
-    waits = fake.call("b", 1, 1, 1, 4, 99, 5), fake.call("o", 1, 1, 1, 1, 99, 2)
+    waits = fake.call("b", 1, 1, 1, 1, 4, 99, 5), fake.call("o", 1, 1, 1, 1, 1, 99, 2)
     calls = Calls(lambda: waits[0]() or one, lambda: waits[1]() or one, lambda: one)
     case = Case("made_up", "", lambda device: calls, bytes=1, flops=1, needs=0)
     (row,) = measure(case, CPU, RATES, 0, lambda device, threads: fake.clock)
@@ -171,10 +173,30 @@ def test_a_baseline_that_does_not_fit_is_left_out_and_said_so():
         pytest.skip("this system does not say how much memory is free")
     (row,) = measure(made_up_case(fake, needs), CPU, RATES, 0, lambda device, threads: fake.clock)
     assert "b" not in fake.log and row["seconds"] == 2
-    compared = "baseline_seconds baseline_range speed_ratio baseline_peak_bytes memory_ratio baseline_error error"
-    assert [row[name] for name in compared.split()] == [None] * 7
+    times = "baseline_seconds baseline_range speed_ratio baseline_system_share user_speed_ratio"
+    others = "baseline_peak_bytes memory_ratio baseline_error error"
+    assert [row[name] for name in f"{times} {others}".split()] == [None] * 9
     assert f"needs {needs / 1e9:.1f} GB" in row["note"] and "left out" in row["note"]
     assert row["note"] in printed([row]) and "made_up" in printed([row])
+
+
+def test_the_ratio_of_user_time_leaves_out_what_the_system_takes(monkeypatch):
+    """8 seconds of which the system takes 3/4, and 2 of which it takes 1/4: 2 and 1.5 remain."""
+    fake, shares = Fake(), iter([0.75, 0.25])
+    monkeypatch.setattr(bench, "system_share", lambda call, budget: next(shares))
+    (row,) = measure(made_up_case(fake), CPU, RATES, 0, lambda device, threads: fake.clock)
+    assert (row["baseline_system_share"], row["system_share"]) == (0.75, 0.25)
+    assert row["user_speed_ratio"] == 2 / 1.5 and row["speed_ratio"] == 4
+    assert "4.0x  1.3x" in printed([row])
+
+
+def test_the_share_of_system_time(monkeypatch):
+    """As the system tells them: user, system, and three that do not count. A call takes 0.25 + 0.125."""
+    looks = [(10, 5, 0, 0, 0), (10.25, 5.125, 9, 9, 9), (10.5, 5.25, 9, 9, 99)]
+    left, calls = iter([type(os.times())(look) for look in looks]), []
+    monkeypatch.setattr(os, "times", lambda: next(left))
+    assert system_share(lambda: calls.append(1), budget=2) == 1 / 3
+    assert len(calls) == 2  # half a second is over
 
 
 def test_relative_error_is_the_worst_tensor_on_its_own_scale():
@@ -207,12 +229,13 @@ def printed(rows, load=0.0):
     return table({"device_name": "An abacus", "load": load, "rates": rates, "cases": rows})
 
 
-def test_the_table_says_what_was_measured():
+def test_the_table_says_what_was_measured(monkeypatch):
     fake = Fake()
+    monkeypatch.setattr(bench, "system_share", lambda call, budget: None)
     text = printed(measure(made_up_case(fake), CPU, RATES, 0, lambda device, threads: fake.clock))
     head, line, machine = text.splitlines()
-    assert line.split()[:11] == "made_up 2 numbers float32 1 8000 ms 2000 ms 4.0x 4.0".split()
-    assert line.split()[11:] == "3 MB 1 MB 3.0x 2e-01".split()
+    assert line.split()[:9] == "made_up 2 numbers float32 1 8000 ms 2000 ms".split()
+    assert line.split()[9:] == "4.0x - 4.0 3 MB 1 MB 3.0x 2e-01".split()
     assert head.index("speed") + len("speed") == line.index("4.0x") + len("4.0x")  # columns are aligned
     assert machine == "An abacus, 1 thread: copies at 1 GB/s, multiplies float32 at 0.001 TFLOP/s"
 

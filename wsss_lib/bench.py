@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .bench_instruments import (
     Clock, Rates, device_name, free_bytes, load_average, make_clock, measure_rates, num_threads, peak_bytes,
-    thread_settings, time_in_turns,
+    settle_allocator, system_share, thread_settings, time_in_turns,
 )
 
 BUDGET = {"tiny": 0.0, "small": 2.0, "paper": 20.0}  # seconds for the pairs of a case at one thread count
@@ -64,6 +64,7 @@ def run(cases: Sequence[Case], device: torch.device, budget: float) -> dict:
     other processes ran when it began (None where the system does not say). Ready for `write_results`.
     """
     load, settings, rates, rows = load_average(), thread_settings(device), {}, []
+    settle_allocator()
     for threads in settings:
         with num_threads(threads):
             rates[threads] = measure_rates(device, make_clock(device, threads))
@@ -87,13 +88,16 @@ def measure(
 ) -> list[dict]:
     """One row for each thread count in `rates`: median seconds, peak bytes, ratios baseline / ours, errors.
 
-    "range" is the fastest and the slowest sample: where it is wide, page faults or other processes had a part.
+    "range": the fastest and the slowest sample. "system_share": of the CPU time, with one thread, see there;
+    "user_speed_ratio" leaves it out, as it differs from system to system. Both are None on a GPU.
     Where the baseline does not fit, its fields and the errors are None, and `note` says so. ValueError where
     results have different shapes or are not finite. clock_for: a clock for a device and a number of threads.
     """
     calls, note = case.make(device), _too_large(case, device)
     errors = (None, None) if note else _errors(case, calls)
     peaks = (None if note else peak_bytes(calls.baseline, device), peak_bytes(calls.ours, device))
+    shares = (None if note else _system_share(calls.baseline, device, budget),
+              _system_share(calls.ours, device, budget))
     rows = []
     for threads, rate in rates.items():
         clock, floor = clock_for(device, threads), rate.floor(case.bytes, case.flops, case.dtype)
@@ -106,6 +110,8 @@ def measure(
             "samples": len(times[-1]), "baseline_seconds": baseline, "seconds": ours,
             "baseline_range": None if note else [min(times[0]), max(times[0])],
             "range": [min(times[-1]), max(times[-1])], "speed_ratio": _ratio(baseline, ours),
+            "baseline_system_share": shares[0], "system_share": shares[1],
+            "user_speed_ratio": _user_ratio(baseline, ours, shares),
             "baseline_peak_bytes": peaks[0], "peak_bytes": peaks[1], "memory_ratio": _ratio(*peaks),
             "baseline_error": errors[0], "error": errors[1],
             "bytes": case.bytes, "flops": case.flops, "floor_seconds": floor, "times_floor": ours / floor,
@@ -117,6 +123,19 @@ def measure(
 def _ratio(baseline: float | None, ours: float) -> float | None:
     """None where there is nothing to compare with, or nothing to divide by."""
     return baseline / ours if baseline is not None and ours else None
+
+
+def _system_share(call: Callable, device: torch.device, budget: float) -> float | None:
+    if device.type != "cpu":
+        return None
+    with num_threads(1):
+        return system_share(call, budget)
+
+
+def _user_ratio(baseline: float | None, ours: float, shares: tuple[float | None, ...]) -> float | None:
+    if baseline is None or None in shares:
+        return None
+    return _ratio(baseline * (1 - shares[0]), ours * (1 - shares[1]))
 
 
 def _too_large(case: Case, device: torch.device) -> str | None:
@@ -225,8 +244,8 @@ def _errors(case: Case, calls: Calls) -> tuple[float, float]:
 # ------------------------------------------------------------------ what is printed
 
 HEAD = (
-    "kernel", "case", "type", "threads", "baseline", "ours", "speed", "x floor", "baseline", "ours", "memory",
-    "error",
+    "kernel", "case", "type", "threads", "baseline", "ours", "speed", "user", "x floor", "baseline", "ours",
+    "memory", "error",
 )
 NAMES = 3  # columns of text, set to the left; numbers to the right
 
@@ -234,7 +253,8 @@ NAMES = 3  # columns of text, set to the left; numbers to the right
 def table(result: dict) -> str:
     """What `run` returned as text: a line for each row, then what was left out, the machine's rates and load.
 
-    Times and bytes: of baseline and ours, "speed" and "memory" are their ratios; "x floor" is ours / floor.
+    Times and bytes: of baseline and ours. "speed" and "memory" are their ratios, "user" that of the time
+    outside the operating system (see `measure`); "x floor" is ours / floor.
     """
     lines = [HEAD] + [_cells(row) for row in result["cases"]]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -255,7 +275,7 @@ def _cells(row: dict) -> tuple[str, ...]:
     return (
         row["kernel"], row["case"], row["dtype"], str(row["threads"]),
         show("baseline_seconds", "{:.4g} ms", 1e3), show("seconds", "{:.4g} ms", 1e3),
-        show("speed_ratio", "{:.1f}x"), show("times_floor", "{:.1f}"),
+        show("speed_ratio", "{:.1f}x"), show("user_speed_ratio", "{:.1f}x"), show("times_floor", "{:.1f}"),
         show("baseline_peak_bytes", "{:.4g} MB", 1e-6), show("peak_bytes", "{:.4g} MB", 1e-6),
         show("memory_ratio", "{:.1f}x"), show("error", "{:.0e}"),
     )

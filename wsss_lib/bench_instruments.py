@@ -22,6 +22,7 @@ ROUNDS = (3, 15)  # the fewest, whatever they take, and the most, however short 
 SAMPLE = 0.01  # seconds: a shorter call is repeated until one sample takes this long
 LONG = 2.0  # seconds: what warming up costs does not show in a call that takes longer
 COPY = 2**26  # numbers copied to measure bandwidth: 256 MB, beyond any cache
+SHARE = 0.5  # seconds of a call's repetitions from which its share of system time is read
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices multiplied to measure the rate
 
 
@@ -65,6 +66,30 @@ def cuda_clock() -> float:
     """Seconds on the wall, once everything that was launched has run."""
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def system_share(call: Callable, budget: float) -> float | None:
+    """Share of a call's CPU time that the operating system takes, 0..1; None where it is too short to tell.
+
+    Nearly all of it hands out fresh memory, page by page, to blocks beyond the 32 MB that the C library keeps
+    for the next one. Repeated for half a second, or for the budget if that is less.
+    """
+    start = os.times()
+    while True:
+        call()
+        now = os.times()
+        user, system = now.user - start.user, now.system - start.system
+        if user + system >= min(SHARE, budget):
+            return system / (user + system) if user + system else None
+
+
+def settle_allocator() -> None:
+    """Bring the C library's allocator to the state it has in a long-lived process.
+
+    glibc returns large blocks to the system, and with every one raises the size that it calls large, up to
+    32 MB. So a block of 20 MB would be slow in the first case, and fast after any that freed a larger one.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def thread_settings(device: torch.device) -> list[int]:
