@@ -138,7 +138,8 @@ def test_memory_is_a_few_maps_however_many_heads_there_are():
 
     assert peak(attention_affinity, 8) < 4 + 6 * 8 * 0.027
     assert peak(attention_affinity, 16) < 4 + 6 * 16 * 0.027
-    assert 3 * 16 <= peak(baselines.attention_affinity, 16) < 3 * 16 + 6
+    # with several threads autograd may free a map later: up to a fourth for every head
+    assert 3 * 16 <= peak(baselines.attention_affinity, 16) < 4 * 16 + 6
 
 
 @pytest.mark.parametrize(
