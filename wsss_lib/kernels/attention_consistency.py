@@ -1,16 +1,16 @@
 """Attention consistency of two views of a picture (ACR, arXiv 2308.04321): two numbers, no attention kept.
 
-With A = softmax(q k^T / sqrt(d)) averaged over the H heads of a block, and view 2 in the patch order of view 1,
-the loss and its gradient to the scores S = q k^T / sqrt(d) of each head are
+With A = softmax(S), S = q k^T / sqrt(d) in each of the H heads of a block, and view 2 in the patch order of
+view 1, the loss and its gradient are
 
-    D = mean_h A1 - mean_h A2        loss = sum w |D|        G = w sign(D) / H        dS = A * (G - rowsum(A * G))
+    D = mean_h A1 - mean_h A2      loss = sum w |D|      G = w sign(D) / H      dS = A * (G - rowsum(A * G))
 
-(minus for view 2). Written out, autograd keeps every A of every block: 2 L B H N^2 numbers. Here
+(-G for view 2). Written out, autograd keeps every A of every block: 2 L B H N^2 numbers. Here
 
 - the tokens of q2 and k2 are put in the order of view 1, never the rows and columns of a matrix;
-- sign(D) is known, and shared by all heads, as soon as the heads of a few rows are there. So the gradients are
-  made in the forward pass, a block of rows at a time, from attention that is still in the cache; backward
-  only multiplies them by the gradient that comes in. Nothing larger than (H, rows, N) ever exists;
+- sign(D) of a few rows is known as soon as all heads of those rows are, and G serves all of them. So the
+  gradients are made in the forward pass, a block of rows at a time, from attention that is still in the
+  cache; backward only multiplies them by the gradient that comes in. Nothing is larger than (H, rows, N);
 - the queries are token 0 and the patches: the rows of other prefix tokens are in no term;
 - 2^x costs a quarter of e^x, and its log2(e) goes into the scale; no row maximum is looked for where |q| |k|
   rules out an overflow. The matrix products, most of what is left, are those of `products`.
@@ -48,8 +48,8 @@ def attention_consistency_loss(
 ) -> tuple[Tensor, Tensor]:
     """How differently two views of each picture attend: (class_term, patch_term), two scalars.
 
-    q1, k1, q2, k2: queries and keys of L blocks, each a sequence of L tensors (B, H, N, d), as an attention tape
-    has them, or one tensor (L, B, H, N, d). N = num_prefix_tokens + M tokens, M of them patches.
+    q1, k1, q2, k2: queries and keys of L blocks, each a sequence of L tensors (B, H, N, d), as an attention
+    tape has them, or one tensor (L, B, H, N, d). N = num_prefix_tokens + M tokens, M of them patches.
     Attention is softmax(q k^T / sqrt(d)) over all N tokens, averaged over heads, in each block.
     permutation: long (M,); patch i of view 1 lies at patch permutation[i] of view 2. Where view 2 is
     `transform(view 1)` on an h x w grid, `transform(torch.arange(h * w).view(h, w)).flatten().argsort()`; for
@@ -62,8 +62,8 @@ def attention_consistency_loss(
         patch_term = mean over (L, B, M, M) of |A1[patch, patch] - A2[permuted patch, permuted patch]|
 
     ACR (arXiv 2308.04321) calls them region activation and region affinity consistency and adds both to the
-    loss, times 100 in the published code. Differentiable, once, in all four tensors; where the two views'
-    attention is equal the gradient is 0. Computed and returned in float32, or float64 for float64 inputs; same
+    loss, times 100 in the published code. Differentiable, once, in all four; where the attention of both
+    views is equal the gradient is 0. Computed and returned in float32, or float64 for float64 inputs; same
     result under autocast. The same bits on every run.
     In PyTorch forward holds 2^22 numbers of attention and the gradients, the size of the inputs; Triton holds
     a byte for each of L B (1 + M) M entries instead of the gradients, and "auto" takes PyTorch for float64.
@@ -121,8 +121,8 @@ def _check(
                 raise ValueError(f"{name}: found {found}, expected {expected}")
     tokens = first.shape[2]
     if isinstance(num_prefix_tokens, bool) or not 1 <= num_prefix_tokens < tokens:
-        found = f"{num_prefix_tokens} of {tokens} tokens"
-        raise ValueError(f"num_prefix_tokens: found {found}, expected the class token at least, and a patch left")
+        expected = f"the class token at least, and a patch left of {tokens} tokens"
+        raise ValueError(f"num_prefix_tokens: found {num_prefix_tokens}, expected {expected}")
     patches = tokens - num_prefix_tokens
     if permutation.shape != (patches,) or permutation.dtype != torch.long:
         found = f"{permutation.dtype} of shape {tuple(permutation.shape)}"
@@ -188,21 +188,22 @@ def _queries(tokens: Tensor, prefix: int) -> Tensor:
 
 def _compare(views: list[_View], prefix: int) -> Tensor:
     """sum |D| of each query over the patches, (1 + M,); the views keep the gradients."""
-    heads, queries, _ = views[0].q.shape
-    tokens = views[0].k.shape[1]
+    heads, queries, tokens = views[0].heads, views[0].q.shape[1], views[0].k.shape[1]
     blocks = math.ceil(len(views) * heads * queries * tokens / SCRATCH)
     blocks = min(blocks, queries // 2)  # the first has a patch beside the class token
     edges = [block * queries // blocks for block in range(blocks + 1)]
-    sums = []
-    for rows in (slice(*pair) for pair in zip(edges, edges[1:])):
-        (maps1, total1), (maps2, total2) = (view.attention(rows) for view in views)
-        difference = total1.sub_(total2).div_(heads)  # D, (rows, N)
-        difference[:, :prefix] = 0
-        sums.append(difference.abs().sum(1))
-        gradient = difference.sign_().div_(heads)
-        views[0].differentiate(maps1, gradient, rows)
-        views[1].differentiate(maps2, gradient.neg_(), rows)
-    return torch.cat(sums)
+    return torch.cat([_compare_rows(views, slice(*pair), prefix) for pair in zip(edges, edges[1:])])
+
+
+def _compare_rows(views: list[_View], rows: slice, prefix: int) -> Tensor:
+    (maps1, total1), (maps2, total2) = (view.attention(rows) for view in views)
+    difference = total1.sub_(total2).div_(views[0].heads)  # D, (rows, N)
+    difference[:, :prefix] = 0
+    sums = difference.abs().sum(1)
+    gradient = difference.sign_().div_(views[0].heads)
+    views[0].differentiate(maps1, gradient, rows)
+    views[1].differentiate(maps2, gradient.neg_(), rows)
+    return sums
 
 
 class _View:
@@ -210,23 +211,22 @@ class _View:
 
     def __init__(self, q: Tensor, k: Tensor, order: Tensor, wanted: bool, prefix: int) -> None:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        self.scale, self.wanted = q.shape[-1] ** -0.5, wanted
+        self.heads, self.scale, self.wanted = len(q), q.shape[-1] ** -0.5, wanted
         self.k = k.index_select(1, order).to(dtype)  # (H, N, d)
         queries = _queries(order, prefix)
         self.q = q.index_select(1, queries).to(dtype).mul_(self.scale * LOG2E)  # (H, 1 + M, d)
-        longest = [torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (self.q, self.k)]  # |q k| <= |q| |k|
-        self.may_overflow = bool((longest[0] * longest[1] > SAFE_EXPONENT).any())
-        # On a CPU a head at a time stays in the core's cache; elsewhere few launches count.
-        size = 1 if q.device.type == "cpu" else len(q)
-        self.groups = [slice(head, head + size) for head in range(0, len(q), size)]
+        on_cpu = q.device.type == "cpu"  # elsewhere looking at numbers would cost a synchronisation
+        longest = [torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (self.q, self.k)]
+        self.may_overflow = not on_cpu or bool((longest[0] * longest[1] > SAFE_EXPONENT).any())
+        size = 1 if on_cpu else self.heads  # one head stays in the core's cache; a GPU wants large launches
+        self.groups = [slice(head, head + size) for head in range(0, self.heads, size)]
         if wanted:
             self.d_q = torch.empty_like(self.q)
             self.d_k = self.k.new_zeros(self.k.transpose(1, 2).shape)  # (H, d, N)
 
     def attention(self, rows: slice) -> tuple[Tensor, Tensor]:
         """A of some queries, (H, rows, N), and its sum over the heads, (rows, N)."""
-        heads, tokens, _ = self.k.shape
-        maps = self.q.new_empty(heads, rows.stop - rows.start, tokens)
+        maps = self.q.new_empty(self.heads, rows.stop - rows.start, self.k.shape[1])
         total = torch.zeros_like(maps[0])
         for group in self.groups:
             scores, a = multiply_transposed(self.q[group, rows], self.k[group]), maps[group]
@@ -238,7 +238,7 @@ class _View:
         return maps, total
 
     def differentiate(self, maps: Tensor, gradient: Tensor, rows: slice) -> None:
-        """Adds what dS = A * (G - rowsum(A * G)) sends to q and k; A (H, rows, N), overwritten, G (rows, N)."""
+        """What dS = A * (G - rowsum(A * G)) adds to dq and dk; A (H, rows, N), overwritten; G (rows, N)."""
         if not self.wanted:
             return
         first = 1 if rows.start == 0 else 0  # the class row's share of dk waits for its own incoming gradient
@@ -252,7 +252,7 @@ class _View:
             self.class_d_scores = maps[:, 0].clone()
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """dq (H, 1 + M, d), its row 0 of the class sum, the others of the patch sum; dk (H, d, N) of the patch
+        """dq (H, 1 + M, d), row 0 of the class sum and the others of the patch sum; dk (H, d, N) of the patch
         sum; and what the class sum's dk is made of: dS (H, N) of the class row, and its scaled q (H, d)."""
         class_q = self.q[:, 0] / LOG2E
         return self.d_q.mul_(self.scale), self.d_k.div_(LOG2E), self.class_d_scores, class_q

@@ -6,13 +6,14 @@ views; each program owns what it writes, so there are no atomics and the bits ar
     lse      log of the sum of exp(scores) of each query and head
     compare  a tile of D: both views, head after head, summed in registers; leaves sign(D), one byte for all
              heads, and two partial sums
-    dq       dS k = (A * G) k - rowsum(A * G) (A k): attention once more, one sweep over the keys
+    dq       rowsum(A * G) in one sweep over the keys, dS k in another. (A * G) k - rowsum(A * G) (A k) would
+             be one sweep of as many products, but cancels where attention is nearly one-hot
     dk       dS^T q, with the row sums that dq has left
 
-G is +-1 until the end, where the incoming gradient multiplies it: in half precision the share of one term among
-L B M^2 would be 0. Blocks are found through a table of their addresses, so a sequence of tensors needs no copy;
-tokens of view 2 through `order`, so neither does their permutation. Exponents are base 2: log2(e) is part of
-the scale. R = 1 + M queries (token 0 and the patches), M patches, N keys; positions are in the order of view 1.
+G is +-1 until the end, where the incoming gradient multiplies it: in half precision the share of one term
+among L B M^2 would be 0. Blocks are found through a table of their addresses, tokens of view 2 through
+`order`: neither a sequence of tensors nor the permutation costs a copy. Exponents are base 2: log2(e) is part
+of the scale. R = 1 + M queries (token 0 and the patches), M patches, N keys, in the order of view 1.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .attention_consistency import LOG2E
 from .dispatch import interpreted
 
-# Few spills: at d = 64 none in half precision (up to 230 registers a thread), 12 bytes at most in float32, whose
-# products are three TF32 ones: they keep float32's accuracy on tensor cores.
+# At d = 64 no spills in half precision and 12 bytes at most in float32 (on Hopper), whose products are three
+# TF32 ones: they keep float32's accuracy on tensor cores.
 HALF = {"BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 SINGLE = {"BLOCK_R": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
@@ -110,7 +111,8 @@ def lse_kernel(
 
 @triton.jit
 def compare_kernel(
-    table_ptr, like_ptr, order_ptr, lse_ptr, sign_ptr, sums_ptr, scale, L, B, H, N, D, PREFIX, stride_b, stride_h, stride_n,
+    table_ptr, like_ptr, order_ptr, lse_ptr, sign_ptr, sums_ptr, scale,
+    L, B, H, N, D, PREFIX, stride_b, stride_h, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     KEEP_SIGN: tl.constexpr,
 ):  # fmt: skip
@@ -162,20 +164,22 @@ def dq_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     q = load_tokens(q_ptr, order_ptr, query_position(row, PREFIX), row < R, stride_n, D, BLOCK_D)
     lse = tl.load(lse_ptr + row, mask=row < R, other=0.0)
-    b_signed = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)  # (A * sign D) k
-    b_plain = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)  # A k
     b_delta = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(PREFIX, N, BLOCK_N):  # D has no prefix columns
+        column = start + tl.arange(0, BLOCK_N)
+        k = load_tokens(k_ptr, order_ptr, column, column < N, stride_n, D, BLOCK_D)
+        a = attention_tile(q, k, lse, scale, PRECISION)
+        b_delta += tl.sum(a * load_sign(sign_ptr, row, column, R, M, PREFIX), 1)
+    tl.store(delta_ptr + head * R + row, b_delta, mask=row < R)
+    b_dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(0, N, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         k = load_tokens(k_ptr, order_ptr, column, column < N, stride_n, D, BLOCK_D)  # 0 beyond N
         a = attention_tile(q, k, lse, scale, PRECISION)
-        signed = a * load_sign(sign_ptr, row, column, R, M, PREFIX)
-        b_delta += tl.sum(signed, 1)
-        b_signed += tl.dot(signed.to(k.dtype), k, input_precision=PRECISION)
-        b_plain += tl.dot(a.to(k.dtype), k, input_precision=PRECISION)
-    tl.store(delta_ptr + head * R + row, b_delta, mask=row < R)
+        d_scores = a * (load_sign(sign_ptr, row, column, R, M, PREFIX) - b_delta[:, None])
+        b_dq += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
     incoming = tl.where(row == 0, tl.load(incoming_ptr), tl.load(incoming_ptr + 1)) * (1 - 2 * view)
-    b_dq = (b_signed - b_delta[:, None] * b_plain) * incoming[:, None]
+    b_dq *= incoming[:, None]
     store_tokens(dq_ptr + head * N * D, order_ptr, query_position(row, PREFIX), row < R, D, b_dq, BLOCK_D)
 
 
@@ -221,7 +225,7 @@ def dk_kernel(
 
 
 class ConsistencySums(torch.autograd.Function):
-    """Sums of |D| of all blocks, (class row, patch rows); tensors: q1, k1, q2, k2 of block 0, of block 1, ..."""
+    """Sums of |D| of all blocks: (class row, patch rows). tensors: q1, k1, q2, k2 of each block."""
 
     @staticmethod
     def forward(
@@ -256,7 +260,7 @@ class ConsistencySums(torch.autograd.Function):
         like, R = tensors[0], lse.shape[-1]
         (B, H, N, D), L, needs = like.shape, len(tensors) // 4, ctx.needs_input_grad[3:]
         views = [view for view in (0, 1) if any(needs[2 * view :: 4]) or any(needs[2 * view + 1 :: 4])]
-        incoming = torch.stack([d_class, d_patch]).float() * (D**-0.5 / H)  # to the scores, before their scale
+        incoming = torch.stack([d_class, d_patch]).float() * (D**-0.5 / H)  # to a head's scores, unscaled
         delta = lse.new_empty(len(views), L, B, H, R)
         d_q = torch.zeros(len(views), L, B, H, N, D, dtype=ctx.dtype, device=like.device)
         d_k = torch.empty_like(d_q)

@@ -191,7 +191,7 @@ def attention_consistency_loss(
     """ACR's two terms from written-out attention; arguments as of `kernels.attention_consistency_loss`.
 
     Autograd keeps each head's attention of every block and view: 2 L B H N^2 numbers, 366 MiB for ViT-B at
-    384 x 384 (the gradients as much again for one block). Scores are scaled and soft-maxed as timm writes them out.
+    384 x 384, and backward some two blocks' more. Scores are scaled and soft-maxed as timm writes them out.
     """
     region, affinity = [], []
     for q_1, k_1, q_2, k_2 in zip(q1, k1, q2, k2):
