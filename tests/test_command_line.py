@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from wsss_lib.__main__ import main
 from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.paths import REPOSITORY
+from wsss_lib.reports import MAPS
 
 COUNTS = ("--train", "3", "--val", "2", "--single", "2", "--processes", "1")
 
@@ -107,18 +108,19 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
 
     results = tmp_path / "results" / "cam.json"
     run("evaluate", "--checkpoint", out / "toyvit.safetensors", "--root", tree, "--background", .3, "--flip",
-        "--methods", "cam", "grad_cam", "--results", results)
+        "--methods", *MAPS, "--results", results)
     found = json.loads(results.read_text(), parse_constant=pytest.fail)
-    for method in ("cam", "grad_cam"):
-        entry = found[method]
-        assert (entry["method"], entry["split"], entry["pictures"]) == (method, "val", 3)
+    assert "cam" in MAPS and "getam" in MAPS
+    for name, maps in MAPS.items():
+        entry = found[name]
+        assert (entry["method"], entry["split"], entry["pictures"]) == (maps["method"], "val", 3)
         assert entry["fixed"]["background"] == .3
         assert 0 < entry["fixed"]["miou"] <= entry["best"]["miou"] <= 1
         expected = {"scales": [1.0], "flip": True, "power": 1.0, "refine": None, "limit": None}
-        assert entry["options"] == expected
+        assert entry["options"] == {**expected, **{k: v for k, v in maps.items() if k != "method"}}
     assert found["torch"] == torch.__version__
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in printed] == ["cam", "grad_cam"]
+    assert [line.split(",")[0] for line in printed] == list(MAPS)
     assert all("(oracle)" in line and ", val, 3 pictures" in line for line in printed)
 
 

@@ -38,6 +38,15 @@ def test_the_pretraining_study_is_quoted_as_measured():
         assert row in README, row
 
 
+def test_the_kernels_ratios_are_quoted_as_measured():
+    rows = [r for r in _ledger("bench_cpu.json")["cases"] if r["threads"] == 1]
+    assert len({r["kernel"] for r in rows}) == 7
+    for r in rows:
+        row = (f"| `{r['kernel']}` | {r['case']} | {r['speed_ratio']:.1f}x | {r['user_speed_ratio']:.1f}x | "
+               f"{r['memory_ratio']:.0f}x | {r['times_floor']:.1f} |")
+        assert row in README, row
+
+
 def test_shipped_weights_have_a_row_in_the_study():
     rows = [r["training"] for r in _ledger("pretraining.json")["rows"]]
     for record in (ROOT / "data" / "checkpoints").glob("*.json"):

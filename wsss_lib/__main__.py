@@ -9,8 +9,6 @@ from pathlib import Path
 
 from .paths import cache_folder, shipped
 
-POWER = {"getam": 1 / 3}     # GETAM is a product of three numbers, A G G: the cube root is on the scale of one
-
 
 def _check_device(name: str) -> None:
     """ValueError for a device that PyTorch does not know or find here."""
@@ -92,9 +90,12 @@ def evaluate(args: argparse.Namespace) -> None:
     from . import create_model
     from .data.sample import TRUTHS
     from .data.voc import VOC
-    from .reports import add_row, report, study_row, write_results
+    from .reports import MAPS, add_row, report, study_row, write_results
 
     _check_device(args.device)
+    unknown = [method for method in args.methods if method not in MAPS]
+    if unknown:
+        raise ValueError(f"methods: found {', '.join(map(repr, unknown))}, expected some of {', '.join(MAPS)}")
     record = _record_of(args.checkpoint or shipped(f"checkpoints/{args.backbone}.safetensors"))
     group = (record or {}).get("stem_norm") == "group"          # batch norm is folded into the weights
     model = create_model("cam", args.backbone, pretrained=args.checkpoint or True,
@@ -105,8 +106,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for method in args.methods:
         for refine in args.refine:
             name = method if refine == "none" else f"{method}+{refine}"
-            result[name] = report(model, data, method, args.background, power=POWER.get(method, 1.),
-                                  refine=None if refine == "none" else refine, **options)
+            result[name] = report(model, data, background=args.background,
+                                  refine=None if refine == "none" else refine, **options,
+                                  **{"power": 1., **MAPS[method]})
     if args.results:
         write_results(args.results, result)
     if args.study:
@@ -178,7 +180,7 @@ def main() -> None:
     p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
     p.add_argument("--split", default="val")
     p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn"])
-    p.add_argument("--methods", nargs="+", default=["cam"])
+    p.add_argument("--methods", nargs="+", default=["cam"], metavar="NAME", help="maps, see reports.MAPS")
     p.add_argument("--refine", nargs="+", default=["none"], choices=["none", "par", "pamr"],
                    help="score the maps as they are (none) and refined")
     p.add_argument("--limit", type=int, help="the first so many pictures only")

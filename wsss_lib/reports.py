@@ -26,6 +26,20 @@ from .refinement import pseudo_labels, scored_maps
 
 FIXED_BACKGROUND = .4      # the threshold reported beside the oracle's: chosen before any score was seen
 
+# What `evaluate --methods` takes: the method of `localize` and its options. power: a map that is a product of n
+# factors is thresholded as its n-th root, on the scale of one factor: A G G of GETAM, A G and G G of its variants.
+MAPS: dict[str, dict] = {
+    "cam": {"method": "cam"},
+    "grad_cam": {"method": "grad_cam"},
+    "grad_cam_last_block": {"method": "grad_cam", "layer": -1},
+    "attention": {"method": "attention"},
+    "rollout": {"method": "rollout"},
+    "getam": {"method": "getam", "power": 1 / 3},
+    "getam_grad": {"method": "getam", "variant": "grad"},
+    "getam_grad_s": {"method": "getam", "variant": "grad_s", "power": 1 / 2},
+    "getam_cam_grad": {"method": "getam", "variant": "cam_grad", "power": 1 / 2},
+}
+
 
 @dataclass
 class LocalizedSplit:
