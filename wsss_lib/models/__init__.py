@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,14 +12,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import paths
+from .acr import AcrViT
+from .afa import AfaNet, AfaOutput, AfaViT, afa_network
 from .cam import CamOutput, CamViT
+from .decoders import DPTDecoder
+from .getam import GetamOutput, GetamViT
+from .official import load_official
+from .segmenter import MaskTransformer, Segmenter, sliding_window
 from .toy import ConvStem, fold_batch_norm
 from .vit import create_backbone, split_tokens
+from .weaktr import WeakTr, WeakTrOutput
 
-__all__ = ["METHODS", "CamOutput", "CamViT", "ConvStem", "create_backbone", "create_model", "fold_batch_norm",
-           "load_weights", "split_tokens"]
+__all__ = ["METHODS", "AcrViT", "AfaNet", "AfaOutput", "AfaViT", "CamOutput", "CamViT", "ConvStem",
+           "DPTDecoder", "GetamOutput", "GetamViT", "MaskTransformer", "Segmenter", "WeakTr", "WeakTrOutput",
+           "create_backbone", "create_model", "fold_batch_norm", "load_official", "load_weights",
+           "sliding_window", "split_tokens"]
 
-METHODS: dict[str, type[nn.Module]] = {"cam": CamViT}
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "cam": CamViT, "getam": GetamViT, "weaktr": WeakTr, "acr": AcrViT, "afa": afa_network,
+}
 SHIPPED = {"toyvit": "checkpoints/toyvit.safetensors", "toycnn": "checkpoints/toycnn.safetensors"}
 
 
@@ -76,6 +88,8 @@ def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
         stored = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: found no safetensors file ({error})") from error
+    if hasattr(model, "adapt_weights"):  # WeakTr: one class token in the file, one per class in the model
+        stored = model.adapt_weights(stored)
     own = model.state_dict()
     _check_backbone(file, stored, own)
     loaded: dict[str, Tensor] = {}
