@@ -19,6 +19,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def network(model):
+    """The network that a method reads its maps off: a `WeakTr` for WeakTr's, else the CamViT."""
+    torch.manual_seed(0)
+    weaktr = create_model("weaktr", num_classes=4, pretrained=False).double().eval()
+    return lambda method: weaktr if method == "weaktr" else model
+
+
+@pytest.fixture(scope="module")
 def images():
     return torch.randn(4, 3, 24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -120,8 +128,9 @@ def test_grad_cam_leaves_no_trace(model, images, kw):
 
 
 def test_maps_are_float32_or_better(images):
-    model = create_model("cam", num_classes=4, pretrained=False).bfloat16()
     for method, found in METHODS.items():
+        name = "weaktr" if method == "weaktr" else "cam"
+        model = create_model(name, num_classes=4, pretrained=False).bfloat16()
         assert found(model, images.bfloat16(), LABELS).dtype == torch.float32, method
 
 
@@ -129,12 +138,14 @@ def test_maps_are_float32_or_better(images):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_plain_view_is_the_plain_map(model, images, method):
+def test_one_plain_view_is_the_plain_map(network, images, method):
+    model = network(method)
     assert torch.equal(localize(model, images, LABELS, method), METHODS[method](model, images, LABELS))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_flip_is_the_mean_of_both_sides(model, images, method):
+def test_flip_is_the_mean_of_both_sides(network, images, method):
+    model = network(method)
     maps = localize(model, images, LABELS, method, flip=True)
     plain = METHODS[method]
     expected = (plain(model, images, LABELS) + plain(model, images.flip(-1), LABELS).flip(-1)) / 2
@@ -216,6 +227,25 @@ def test_maps_that_cannot_be_normalised(maps, mode, message):
 
 
 # ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("method", ["cam", "grad_cam"])
+def test_a_network_that_says_nothing_of_single_patches(method, images):
+    getam_net = create_model("getam", num_classes=4, pretrained=False).double()
+    with pytest.raises(ValueError, match="model: found GetamViT, which says nothing of single patches"):
+        localize(getam_net, images, LABELS, method=method)
+    assert localize(getam_net, images, LABELS, method="grad_cam", layer=-1).sum() > 0
+
+
+def test_maps_and_networks_that_do_not_go_together(model, images):
+    with pytest.raises(ValueError, match="model: found CamViT, expected a WeakTr"):
+        localize(model, images, LABELS, method="weaktr")
+    weaktr = create_model("weaktr", num_classes=4, pretrained=False).double()
+    for method in ("getam", "acr", "attention", "rollout"):  # each class has a token of its own
+        with pytest.raises(ValueError, match="model: found 4 class tokens, expected one"):
+            localize(weaktr, images, LABELS, method=method)
+    with pytest.raises(ValueError, match="model: found no class token, expected one"):
+        localize(create_model("cam", "toymit", 4, pretrained=False).double(), images, LABELS, method="getam")
 
 
 def test_wrong_arguments(model, images):

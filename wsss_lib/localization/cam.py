@@ -37,13 +37,21 @@ def cam(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Class activation maps relu(w_c . f_j): (B, C, h, w), not normalised, zero for absent classes.
 
     model: a `CamViT`. images (B, 3, H, W), normalised; labels (B, C) multi-hot. The maps are float32, or
-    float64 for a model in float64. Raises ValueError for other shapes and values.
+    float64 for a model in float64. Raises ValueError for other shapes and values, and a model without patch
+    logits, such as GETAM's network.
     """
     check_labels(labels, len(images), model.num_classes)
+    _check_patch_head(model)
     with eval_mode(model):
         evidence = model.activation_maps(model.forward_heads(images).features)
     maps = at_least_float32(evidence).relu()
     return maps.masked_fill((labels == 0).to(maps.device)[:, :, None, None], 0)
+
+
+def _check_patch_head(model: nn.Module) -> None:
+    if not hasattr(model, "activation_maps"):
+        name = type(model).__name__
+        raise ValueError(f"model: found {name}, which says nothing of single patches, expected one that does")
 
 
 @torch.enable_grad()
@@ -64,6 +72,7 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor, layer: int | None
     index, valid = (t.to(images.device) for t in class_slots(labels))
     with eval_mode(model):
         if layer is None:
+            _check_patch_head(model)
             features, logits = _from_features(model, images)
         else:
             features, logits = _from_block(model, images, layer)

@@ -134,10 +134,17 @@ def _check_head(model: nn.Module, head: str) -> None:
         raise ValueError(f'head: found {head!r}, expected "both": {name} has no forward_heads')
 
 
+def check_class_token(backbone: nn.Module, why: str) -> None:
+    """ValueError unless one token stands for the whole picture; WeakTr has one for each class instead."""
+    found = backbone.cls_token.shape[1] if num_class_tokens(backbone) else "no"
+    if found != 1:
+        tokens = "token" if found == "no" else "tokens"
+        raise ValueError(f"model: found {found} class {tokens}, expected one: {why}")
+
+
 def first_layer(backbone: nn.Module, start_layer: int | None) -> int:
-    """The first block that counts. ValueError for another, or where there is no class token."""
-    if not num_class_tokens(backbone):
-        raise ValueError("model: found no class token, expected one: the map is made of its attention")
+    """The first block that counts. ValueError for another, or where there is not one class token."""
+    check_class_token(backbone, "the map is made of its attention")
     depth = len(backbone.blocks)
     start = depth // 2 if start_layer is None else start_layer
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < depth:

@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.transforms import scaled_views
+from .acr import acr_maps
 from .attention import class_attention, rollout
 from .cam import cam, grad_cam
+from .fusion import weaktr_maps
 from .getam import getam
 from .slots import check_labels
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "cam": cam, "grad_cam": grad_cam, "getam": getam, "attention": class_attention, "rollout": rollout,
+    "weaktr": weaktr_maps, "acr": acr_maps,
 }
 
 
