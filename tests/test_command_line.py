@@ -132,15 +132,29 @@ def test_a_study_gets_a_row_for_each_training(run, tree, tmp_path):
              "--limit", 2, "--study", study)
     run(*score, "--name", "CNN", "--refine", "none", "par")
     run(*score, "--name", "again")
-    run(*score, "--name", "CNN")
+    run(*score, "--name", "CNN", "--refine", "pamr")
     first, second = json.loads(study.read_text())["rows"]
-    assert (first["name"], second["name"]) == ("CNN", "again")  # the second CNN took the place of the first
-    assert "cam+par" not in first and first["pictures"] == 2 and first["images"] == 2
+    assert (first["name"], second["name"]) == ("CNN", "again")  # the second CNN joined the first
+    assert {"cam", "cam+par", "cam+pamr"} <= first.keys() and first["pictures"] == 2 and first["images"] == 2
+    run(*score, "--name", "CNN", "--limit", 1)
+    assert json.loads(study.read_text())["rows"][1] == second
+    first = json.loads(study.read_text())["rows"][0]  # other pictures: nothing of the earlier scores stays
+    assert "cam" in first and "cam+par" not in first and first["pictures"] == 1
     assert first["training"]["recipe"]["mosaics"] == 0 and first["training"]["backbone"] == "toycnn"
     assert first["cam"]["fixed"]["miou"] <= first["cam"]["best"]["miou"]
     assert "found name None" in error_of(run, *score)
     study.write_text("[]")
     assert "found no study" in error_of(run, *score, "--name", "CNN") and study.read_text() == "[]"
+
+
+def test_saliency_is_scored_beside_its_baselines(run, tree, tmp_path, capsys):
+    results = tmp_path / "saliency.json"
+    run("saliency", "--root", tree, "--limit", 2, "--results", results)
+    found = json.loads(results.read_text())
+    f = {name: r["f"]["f"] for name, r in found["methods"].items()}
+    assert found["pictures"] == 2 and f["contrast"] > max(f["centre_prior"], f["all_foreground"]) > 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == list(f)
+    assert "no_such_folder" in error_of(run, "saliency", "--root", tree, "--folder", tmp_path / "no_such_folder")
 
 
 def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run, tree, tmp_path):

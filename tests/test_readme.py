@@ -38,6 +38,36 @@ def test_the_pretraining_study_is_quoted_as_measured():
         assert row in README, row
 
 
+MAPS = ("cam", "grad_cam_last_block", "getam_cam_grad", "getam", "getam_all_blocks", "getam_grad",
+        "getam_grad_s")
+
+
+def test_the_ablation_of_getam_is_quoted_as_measured():
+    rows = _ledger("getam_ablation.json")["rows"]
+    best: dict[tuple[str, str], list[float]] = {}
+    for start in ("toyvit_plain", "toyvit"):
+        chosen = [r for r in rows if r["name"] == f"classified, from {start}"]
+        assert sorted(r["seed"] for r in chosen) == [0, 1, 2]
+        for refine, label in (("", ""), ("+pamr", ", PAMR")):
+            cells = []
+            for maps in MAPS:
+                miou = [100 * r[maps + refine]["best"]["miou"] for r in chosen]
+                best[start, maps + refine] = miou
+                cells.append(f"{sum(miou) / 3:.1f} ({min(miou):.1f} to {max(miou):.1f})")
+            assert f"| {start}{label} | {' | '.join(cells)} |" in README, cells
+    # What the text says of the order, beyond the spread of the seeds.
+    plain, mosaics = ({maps: best[start, maps] for maps in MAPS} for start in ("toyvit_plain", "toyvit"))
+    assert min(plain["getam"]) > max(plain["grad_cam_last_block"]) and min(plain["getam"]) > max(plain["cam"])
+    assert min(plain["getam_cam_grad"]) > max(plain["getam"])
+    assert min(mosaics["cam"]) > max(mosaics["getam_all_blocks"]) and min(mosaics["cam"]) > max(mosaics["getam"])
+
+
+def test_the_saliency_is_quoted_as_measured():
+    f = {name: r["f"]["f"] for name, r in _ledger("saliency.json")["methods"].items()}
+    assert (f"{f['contrast']:.2f} on ToyVOC at the threshold 0.5, against {f['centre_prior']:.2f} for a blob in the "
+            f"middle and {f['all_foreground']:.2f} for everything") in README
+
+
 def test_the_kernels_ratios_are_quoted_as_measured():
     rows = [r for r in _ledger("bench_cpu.json")["cases"] if r["threads"] == 1]
     assert len({r["kernel"] for r in rows}) == 7

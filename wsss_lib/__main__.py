@@ -1,4 +1,4 @@
-"""Command line: `python -m wsss_lib {toyvoc, pretrain, evaluate, bench}`, for work that outgrows a notebook."""
+"""Command line, for work that outgrows a notebook: `python -m wsss_lib {toyvoc, pretrain, evaluate, saliency, bench}`."""
 from __future__ import annotations
 
 import argparse
@@ -121,6 +121,22 @@ def evaluate(args: argparse.Namespace) -> None:
               f"background called foreground {r['background_called_foreground']}")
 
 
+def saliency(args: argparse.Namespace) -> None:
+    """Score saliency maps, the contrast of each picture or a folder of yours, against the foreground."""
+    from .data.voc import VOC
+    from .refinement.saliency import FolderSaliency, saliency_report
+    from .reports import write_results
+
+    data = VOC(args.root or shipped("toyvoc"), args.split, truth=["mask"])
+    result = saliency_report(data, FolderSaliency(args.folder) if args.folder else "contrast", args.limit)
+    if args.results:
+        write_results(args.results, result)
+    for name, r in result["methods"].items():
+        print(f"{name}, {result['split']}, {result['pictures']} pictures: F {r['f']['f']:.3f} at "
+              f"{r['f']['threshold']}, {r['max_f']['f']:.3f} at {r['max_f']['threshold']} (oracle), "
+              f"mean absolute error {r['mae']:.3f}")
+
+
 def bench(args: argparse.Namespace) -> None:
     """Time the kernels beside what the published code does."""
     import torch
@@ -160,7 +176,7 @@ def main() -> None:
     p.add_argument("--root", help="ToyVOC tree (default: the cached one, drawn if it is not there)")
     p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn"])
+    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn", "toymit"])
     p.add_argument("--stem-norm", choices=["none", "batch", "group"],
                    help="norm in the convolutional stem; batch norm is folded into the saved weights (default: batch, "
                         "after --init none)")
@@ -179,7 +195,7 @@ def main() -> None:
     p.add_argument("--checkpoint", help="weights (default: the shipped ones)")
     p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
     p.add_argument("--split", default="val")
-    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn"])
+    p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn", "toymit"])
     p.add_argument("--methods", nargs="+", default=["cam"], metavar="NAME", help="maps, see reports.MAPS")
     p.add_argument("--refine", nargs="+", default=["none"], choices=["none", "par", "pamr"],
                    help="score the maps as they are (none) and refined")
@@ -193,6 +209,14 @@ def main() -> None:
     p.add_argument("--study", help="write a row with training record and scores into this JSON file")
     p.add_argument("--name", help="the row's name")
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("saliency", help=saliency.__doc__)
+    p.add_argument("--root", help="VOC tree with masks (default: the shipped ToyVOC)")
+    p.add_argument("--split", default="val")
+    p.add_argument("--folder", help="your maps, NAME.png in grey (default: the contrast of each picture)")
+    p.add_argument("--limit", type=int, help="the first so many pictures only")
+    p.add_argument("--results", help="write the report to this JSON file")
+    p.set_defaults(run=saliency)
 
     p = commands.add_parser("bench", help=bench.__doc__)
     p.add_argument("--kernel", nargs="+", metavar="NAME", help="only these (default: all)")

@@ -35,6 +35,7 @@ MAPS: dict[str, dict] = {
     "attention": {"method": "attention"},
     "rollout": {"method": "rollout"},
     "getam": {"method": "getam", "power": 1 / 3},
+    "getam_all_blocks": {"method": "getam", "start_layer": 0, "power": 1 / 3},
     "getam_grad": {"method": "getam", "variant": "grad"},
     "getam_grad_s": {"method": "getam", "variant": "grad_s", "power": 1 / 2},
     "getam_cam_grad": {"method": "getam", "variant": "cam_grad", "power": 1 / 2},
@@ -213,7 +214,8 @@ def study_row(name: str | None, training: dict | None, reports: dict[str, dict])
 def add_row(path: str | Path, row: dict) -> Path:
     """Write a row into a study's JSON file {"rows": [...]}: in the place of the one with its name and seed, else last.
 
-    ValueError as `write_results`, and for a file that is no study.
+    Scores of maps that are not in the new row stay, if the weights and the pictures are the same: a map can be added
+    to a study later. ValueError as `write_results`, and for a file that is no study.
     """
     path = Path(path)
     study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
@@ -221,6 +223,9 @@ def add_row(path: str | Path, row: dict) -> Path:
         raise ValueError(f'{path}: found no study, expected JSON with a list "rows"')
     rows, key = study["rows"], (row["name"], row["seed"])
     place = next((i for i, r in enumerate(rows) if (r["name"], r["seed"]) == key), len(rows))
+    before = rows[place] if place < len(rows) else {}
+    if all(before.get(field) == row[field] for field in ("training", "split", "pictures")):
+        row = {**before, **row}
     return _write_json(path, {**study, "rows": rows[:place] + [row] + rows[place + 1:]})
 
 
