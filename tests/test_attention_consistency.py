@@ -1,8 +1,5 @@
 """ACR's alignment loss against loops, golden vectors and differences; its memory; PyTorch and Triton."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from allocations import count_allocations
 from reference import naive_consistency as naive
 from safetensors.torch import load_file, save_file
+from triton_harness import interpret
 
 from wsss_lib.kernels import attention_consistency, baselines, products
 from wsss_lib.kernels.attention_consistency import attention_consistency_loss
@@ -71,8 +69,8 @@ def test_matrices_agree_with_the_loops(size, loss):
 
 @pytest.mark.parametrize("name", ["vitb", "vitb_hybrid"])
 def test_loops_agree_with_the_published_class_term(name):
-    """From its class rows alone: softmax(log A) is A, with one head whose keys are the unit vectors. The other
-    rows may be anything. Golden vectors are float32."""
+    """From its class rows alone: softmax(log A) is A, with one head whose keys are the unit vectors. The
+    other rows may be anything. Golden vectors are float32."""
     queries = []
     for view in ("class1", "class2"):  # view 2 aligned already
         row = GOLDEN[f"{name}.{view}"].double().transpose(0, 1)  # (B, L, 1, M) -> (L, B, 1, M)
@@ -88,7 +86,8 @@ def test_loops_agree_with_the_published_class_term(name):
 
 @pytest.fixture(scope="module")
 def network():
-    """The golden ViT-B: queries and keys of two pictures and their mirror images, with a graph to two weights."""
+    """The golden ViT-B: queries and keys of two pictures and of their mirror images, with a graph to two of
+    its weights."""
     vit = naive.GoldenViT()
     learned = [vit.weight(f"blocks.{l}.attn.qkv.weight", 2304, 768).requires_grad_() for l in (0, 11)]
     images = GOLDEN["vitb.images"].double()
@@ -105,7 +104,8 @@ def test_network_agrees_with_the_published_attention(network):
     two = two[:, :, [0, *(1 + FLIP)]][..., [0, *(1 + FLIP)]]
     for number, attention in ((1, one), (2, two)):
         assert_close(attention[:, :, :1, 1:], GOLDEN[f"vitb.class{number}"].double(), 2e-6)
-        assert_close(attention[:, :, 1:, 1:].flatten()[::11], GOLDEN[f"vitb.patch{number}.sub"].double(), 2e-6)
+        patches = attention[:, :, 1:, 1:].flatten()[::11]
+        assert_close(patches, GOLDEN[f"vitb.patch{number}.sub"].double(), 2e-6)
 
 
 @pytest.mark.parametrize("loss", ["written_out", "baseline", "kernel", "float32"])
@@ -156,7 +156,7 @@ def test_a_flip_is_its_own_inverse():
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scratch", [2**22, 5000, 1])
+@pytest.mark.parametrize("scratch", [2**23, 5000, 1])
 def test_float64(size, scratch, monkeypatch):
     """Rounding only, in one block of rows, in several, and in blocks of two rows."""
     monkeypatch.setattr(attention_consistency, "SCRATCH", scratch)
@@ -169,8 +169,8 @@ def test_float64(size, scratch, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("worthwhile", [0, 2**60])
 def test_float32(size, worthwhile, monkeypatch):
-    """An exponent of 10 has an error of 10 x 6e-8, and a sum keeps it: 4e-6 is several times that. The sign of
-    every D is right (one that is wrong would move a gradient by 1e-3). Both products: oneDNN's and MKL's."""
+    """An exponent of 10 has an error of 10 x 6e-8, and a sum keeps it: 4e-6 is several times that. The sign
+    of every D is right (a wrong one would move a gradient by 1e-3). Both products: oneDNN's and MKL's."""
     monkeypatch.setattr(products, "WORTHWHILE", worthwhile)
     inputs = make_inputs(size, torch.float32)
     found = run(*inputs)
@@ -181,7 +181,7 @@ def test_float32(size, worthwhile, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", HALF_SIZES)
 def test_half_precision_inputs_accumulate_in_float32(size, dtype):
-    """The inputs are taken as they are: the terms are float32's; gradients are rounded to the type of q and k."""
+    """The inputs are taken as they are: the terms are float32's; gradients have the type of q and k."""
     inputs = [x.to(dtype) for x in make_inputs(size)[:4]] + [*make_inputs(size)[4:]]
     terms, *gradients = run(*inputs)
     wanted_terms, *wanted = expected(*inputs)
@@ -194,10 +194,11 @@ def test_half_precision_inputs_accumulate_in_float32(size, dtype):
 def test_gradients_agree_with_finite_differences(size):
     """Steps of 1e-6 away from ties: the least |D| is larger than such a step could bridge."""
     *views, permutation, prefix = make_inputs(size)
-    one, two = ((q @ k.transpose(-2, -1) * size[4] ** -0.5).softmax(-1).mean(2) for q, k in (views[:2], views[2:]))
+    scores = [q @ k.transpose(-2, -1) * size[4] ** -0.5 for q, k in (views[:2], views[2:])]
+    one, two = (x.softmax(-1).mean(2) for x in scores)  # (L, B, N, N)
     order = prefix + permutation
-    difference = one[..., [0, *range(prefix, size[3])], prefix:] - two[..., [0, *order.tolist()], :][..., order]
-    assert difference.abs().min() > 1e-5
+    one = one[..., [0, *range(prefix, size[3])], prefix:]
+    assert (one - two[..., [0, *order.tolist()], :][..., order]).abs().min() > 1e-5
     leaves = [x.requires_grad_() for x in views]
 
     def loss(*tensors):
@@ -295,8 +296,8 @@ def peak_numbers(blocks, tokens, gradients=True, loss=attention_consistency_loss
 @pytest.mark.parametrize("gradients", [False, True])
 def test_memory_does_not_grow_with_the_attention(gradients, monkeypatch):
     """Held at most: the scratch; less than as much for a head's scores, D and the like; both views' inputs in
-    the order of view 1; and of every block the gradients, twice for the one that is being handed on. Attention
-    of one block would be 2 x 4 x 300 x 300 = 720000."""
+    the order of view 1; and of every block the gradients, twice for the one that is being handed on.
+    Attention of one block would be 2 x 4 x 300 x 300 = 720000."""
     monkeypatch.setattr(attention_consistency, "SCRATCH", 2**15)
     (two, inputs), (six, _) = peak_numbers(2, 300, gradients), peak_numbers(6, 300, gradients)
     if gradients:
@@ -327,9 +328,15 @@ def zeros(*shape, **options):
         ({"k1": [zeros(1, 3, 5, 4), zeros(1, 3, 5, 3)]}, r"k1: found \(1, 3, 5, 3\)"),
         ({"k1": zeros().half()}, "k1: found .* torch.float16 on cpu, expected .* torch.float32"),
         ({"k1": zeros(device="meta")}, "k1: found .* on meta"),
-        ({"permutation": torch.arange(5)}, r"permutation: found torch.int64 of shape \(5,\), expected .* \(4,\)"),
+        (
+            {"permutation": torch.arange(5)},
+            r"permutation: found torch.int64 of shape \(5,\), expected .* \(4,\)",
+        ),
         ({"permutation": torch.arange(4.0)}, "permutation: found torch.float32"),
-        ({"permutation": torch.tensor([0, 1, 1, 3])}, "permutation: found some patches twice, expected each of 0..3"),
+        (
+            {"permutation": torch.tensor([0, 1, 1, 3])},
+            "permutation: found some patches twice, expected each of 0..3",
+        ),
         ({"permutation": torch.tensor([1, 2, 3, 4])}, "permutation: found"),
         ({"num_prefix_tokens": 0}, "num_prefix_tokens: found 0, expected the class token at least"),
         ({"num_prefix_tokens": 5}, "num_prefix_tokens: found 5"),
@@ -342,8 +349,10 @@ def test_wrong_arguments(changed, message):
         attention_consistency_loss(**arguments | changed)
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 3, 5, 4), (2, 0, 3, 5, 4), (2, 1, 0, 5, 4), (2, 1, 3, 0, 4), (2, 1, 3, 5, 0)])
-def test_empty_inputs(shape):
+@pytest.mark.parametrize("empty", range(5))
+def test_empty_inputs(empty):
+    shape = [2, 1, 3, 5, 4]
+    shape[empty] = 0
     with pytest.raises(ValueError, match="expected"):
         attention_consistency_loss(*(zeros(*shape) for _ in range(4)), torch.arange(4))
 
@@ -372,7 +381,7 @@ NAMES = ("terms", "q1", "k1", "q2", "k2")
 
 
 def triton_main(file):
-    """What the subprocess does: every case once, the first also again, strided, in parts and with equal views."""
+    """Every case once, the first also again, strided, in parts and with equal views."""
     results = {}
 
     def keep(name, found):
@@ -398,27 +407,22 @@ def triton_main(file):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Triton decides when it is imported whether to interpret: in a process of its own."""
-    pytest.importorskip("triton")
-    file = tmp_path_factory.mktemp("triton") / "results.safetensors"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, timeout=600)
-    results = load_file(file)
+    """name -> terms, dq1, dk1, dq2, dk2; None where the case has none."""
+    results = interpret(triton_main, tmp_path_factory.mktemp("triton"))
     names = {name.split(".")[0] for name in results}
     return {name: [results.get(f"{name}.{part}") for part in NAMES] for name in names}
 
 
 @pytest.mark.parametrize("number", range(len(TRITON_CASES)))
 def test_triton(interpreted, number):
-    """The tolerance of PyTorch's float32. In float16 A and dS are rounded before they multiply k and q, and so
-    are the gradients: twice the type's eps."""
+    """The tolerance of PyTorch's float32. In float16 A and dS are rounded before they multiply k and q, and
+    so are the gradients: twice the type's eps."""
     size, dtype = TRITON_CASES[number]
     terms, *gradients = interpreted[str(number)]
     wanted_terms, *wanted = expected(*make_inputs(size, dtype))
     assert terms.dtype == torch.float32 and all(x.dtype == dtype for x in gradients)
     assert_close(terms, wanted_terms, 1e-6)
-    assert_all_close(gradients, wanted, max(4e-6, 2 * torch.finfo(dtype).eps if dtype == torch.float16 else 0))
+    assert_all_close(gradients, wanted, 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("other", ["again", "strided"])
@@ -440,7 +444,3 @@ def test_triton_for_the_second_view_only_and_without_gradients(interpreted):
     assert torch.equal(interpreted["second"][3], interpreted["0"][3])
     assert torch.equal(interpreted["second"][4], interpreted["0"][4])
     assert torch.equal(interpreted["no_grad"][0], interpreted["0"][0])
-
-
-if __name__ == "__main__":
-    triton_main(sys.argv[1])

@@ -1,8 +1,5 @@
 """The fused attention map against loops, golden vectors and differences; its memory; PyTorch and Triton."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from allocations import count_allocations
 from reference import naive_attention as naive
 from safetensors.torch import load_file, save_file
+from triton_harness import interpret
 
 from wsss_lib.kernels import attention_sum, baselines, products
 from wsss_lib.kernels.attention_sum import propagate, weighted_attention_sum
@@ -336,7 +334,7 @@ TRITON_CASES = [(size, torch.float32) for size in SIZES] + [(size, torch.float16
 
 
 def triton_main(file):
-    """What the subprocess does: every case once, the last also from strided tensors and with large scores."""
+    """Every case once, and one from strided tensors, with large scores and with another scale."""
     results = {}
     for number, (size, dtype) in enumerate(TRITON_CASES):
         inputs = make_inputs(size, dtype)
@@ -353,13 +351,7 @@ def triton_main(file):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Triton decides when it is imported whether to interpret: in a process of its own."""
-    pytest.importorskip("triton")
-    file = tmp_path_factory.mktemp("triton") / "results.safetensors"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, timeout=600)
-    return load_file(file)
+    return interpret(triton_main, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("number", range(len(TRITON_CASES)))
@@ -381,7 +373,3 @@ def test_triton_with_strides_large_scores_and_another_scale(interpreted):
     assert_close(interpreted["large.gradient"], d_weights, 1.6e-4)
     fused, _ = expected(*make_inputs((2, 3, 17, 8), torch.float32), scale=-0.3)
     assert_close(interpreted["scaled.sum"], fused, 4e-6)
-
-
-if __name__ == "__main__":
-    triton_main(sys.argv[1])

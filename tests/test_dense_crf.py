@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from reference import naive_dense_crf as naive
 from safetensors.torch import load_file, save_file
+from triton_harness import interpret
 
 from wsss_lib.kernels import baselines
 from wsss_lib.kernels.dense_crf import DenseCRF, dense_crf, unary_from_labels, unary_from_probabilities
@@ -127,30 +126,29 @@ def test_exact_survives_bright_colours_and_a_narrow_sigma():
     np.testing.assert_allclose(out, expected, rtol=1e-6)  # exponents exact, then one float32 sum
 
 
+# (height, width, labels): ragged blocks, more labels than a program accumulates, one pixel, several blocks
+TRITON_CASES = {"ragged": (9, 13, 3), "many_labels": (5, 7, 70), "pixel": (1, 1, 1), "blocks": (11, 12, 21)}
+TRITON_SETTINGS = ((3, 3), (20, 60, 4), 2)
+
+
+def triton_main(file):
+    results = {}
+    for name, shape in TRITON_CASES.items():
+        unary, images = inputs(*shape, dtype=torch.float32)
+        results[name] = dense_crf(unary, images, *TRITON_SETTINGS, "exact", "triton").contiguous()
+    save_file(results, file)
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """The Triton kernel's results, from one process that interprets it: name -> (unary, images, result)."""
-    pytest.importorskip("triton")
-    shapes = {"ragged": (9, 13, 3), "many_labels": (5, 7, 70), "pixel": (1, 1, 1), "blocks": (11, 12, 21)}
-    given = {}
-    for name, shape in shapes.items():
-        given[f"{name}.unary"], given[f"{name}.image"] = inputs(*shape, dtype=torch.float32)
-    folder = tmp_path_factory.mktemp("triton")
-    save_file(given, folder / "in.safetensors")
-    script = Path(__file__).parent / "triton_dense_crf.py"
-    subprocess.run(
-        [sys.executable, str(script), str(folder / "in.safetensors"), str(folder / "out.safetensors")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(GOLDEN.parents[1])}, check=True,
-    )  # fmt: skip
-    out = load_file(folder / "out.safetensors")
-    return {name: (given[f"{name}.unary"], given[f"{name}.image"], out[name]) for name in shapes}
+    return interpret(triton_main, tmp_path_factory.mktemp("triton"))
 
 
-@pytest.mark.parametrize("name", ["ragged", "many_labels", "pixel", "blocks"])
+@pytest.mark.parametrize("name", TRITON_CASES)
 def test_triton_agrees_with_the_whole_kernel(interpreted, name):
-    unary, images, out = interpreted[name]
-    expected = baselines.dense_crf_exact(unary.double(), images.double(), (3, 3), (20, 60, 4), 2)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)  # float32, as above
+    unary, images = inputs(*TRITON_CASES[name], dtype=torch.float32)
+    expected = baselines.dense_crf_exact(unary.double(), images.double(), *TRITON_SETTINGS)
+    torch.testing.assert_close(interpreted[name].double(), expected, rtol=0, atol=1e-5)  # float32, as above
 
 
 # ------------------------------------------------------------------ the lattice

@@ -1,8 +1,5 @@
 """PAR and PAMR against loops in float64 and golden vectors; their memory; PyTorch and Triton."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 from allocations import count_allocations
 from reference import naive_refinement as naive
 from safetensors.torch import load_file, save_file
+from triton_harness import interpret
 
 from wsss_lib.kernels import baselines, local_refinement
 from wsss_lib.kernels.local_refinement import refine_cam
@@ -277,7 +275,7 @@ TRITON_PIXELS = 64  # smaller than most of these pictures
 
 
 def triton_main(file):
-    """Runs in a process of its own: every case of the Triton path -> file."""
+    """Every case once, and one from strided tensors."""
     from wsss_lib.kernels import local_refinement_triton
 
     local_refinement_triton.INTERPRETED_PIXELS = TRITON_PIXELS
@@ -291,15 +289,9 @@ def triton_main(file):
     save_file(results, file)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Triton decides when it is imported whether to interpret: in a process of its own."""
-    pytest.importorskip("triton")
-    file = tmp_path_factory.mktemp("triton") / "results.safetensors"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, timeout=300)
-    return load_file(file)
+    return interpret(triton_main, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("number", range(len(TRITON_CASES)))
@@ -313,7 +305,3 @@ def test_triton(interpreted, number):
 
 def test_triton_with_strides_and_half_precision_maps(interpreted):
     assert torch.equal(interpreted["strided"], interpreted["1"])
-
-
-if __name__ == "__main__":
-    triton_main(sys.argv[1])

@@ -9,8 +9,8 @@ view 1, the loss and its gradient are
 
 - the tokens of q2 and k2 are put in the order of view 1, never the rows and columns of a matrix;
 - sign(D) of a few rows is known as soon as all heads of those rows are, and G serves all of them. So the
-  gradients are made in the forward pass, a block of rows at a time, from attention that is still in the
-  cache; backward only multiplies them by the gradient that comes in. Nothing is larger than (H, rows, N);
+  gradients are made in the forward pass, a block of rows at a time, while their attention is still there;
+  backward only multiplies them by the gradient that comes in. Nothing is larger than (H, rows, N);
 - the queries are token 0 and the patches: the rows of other prefix tokens are in no term;
 - 2^x costs a quarter of e^x, and its log2(e) goes into the scale; no row maximum is looked for where |q| |k|
   rules out an overflow. The matrix products, most of what is left, are those of `products`.
@@ -34,7 +34,9 @@ from .products import multiply_transposed
 NAMES = ("q1", "k1", "q2", "k2")
 LOG2E = math.log2(math.e)
 SAFE_EXPONENT = 64.0  # 2^64, summed over a row, is far from float32's 2^128, and 2^-64 from its 2^-126
-SCRATCH = 2**22  # numbers of attention in flight, both views together: in float32 16 MiB, a third-level cache
+# Numbers of attention in flight, both views together: a block of ViT-B at 384 x 384, 32 MiB in float32. Half
+# as many fit smaller caches, but products of half the rows lose more than that gains.
+SCRATCH = 2**23
 
 
 def attention_consistency_loss(
@@ -65,7 +67,7 @@ def attention_consistency_loss(
     loss, times 100 in the published code. Differentiable, once, in all four; where the attention of both
     views is equal the gradient is 0. Computed and returned in float32, or float64 for float64 inputs; same
     result under autocast. The same bits on every run.
-    In PyTorch forward holds 2^22 numbers of attention and the gradients, the size of the inputs; Triton holds
+    In PyTorch forward holds 2^23 numbers of attention and the gradients, the size of the inputs; Triton holds
     a byte for each of L B (1 + M) M entries instead of the gradients, and "auto" takes PyTorch for float64.
     Raises ValueError for other shapes, types or devices than these, empty inputs, what is no permutation, and
     for "triton" where it cannot serve.
@@ -224,32 +226,32 @@ class _View:
             self.d_q = torch.empty_like(self.q)
             self.d_k = self.k.new_zeros(self.k.transpose(1, 2).shape)  # (H, d, N)
 
-    def attention(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """A of some queries, (H, rows, N), and its sum over the heads, (rows, N)."""
-        maps = self.q.new_empty(self.heads, rows.stop - rows.start, self.k.shape[1])
-        total = torch.zeros_like(maps[0])
+    def attention(self, rows: slice) -> tuple[list[Tensor], Tensor]:
+        """A of some queries, (heads, rows, N) for each group of heads, and its sum over all, (rows, N)."""
+        maps, total = [], self.q.new_zeros(rows.stop - rows.start, self.k.shape[1])
         for group in self.groups:
-            scores, a = multiply_transposed(self.q[group, rows], self.k[group]), maps[group]
+            a = multiply_transposed(self.q[group, rows], self.k[group])  # scores; from here on in place
             if self.may_overflow:
-                scores.sub_(scores.amax(-1, keepdim=True))
-            scores.exp2_()
-            torch.mul(scores, scores.sum(-1, keepdim=True).reciprocal_(), out=a)
+                a.sub_(a.amax(-1, keepdim=True))
+            a.exp2_()
+            a.mul_(a.sum(-1, keepdim=True).reciprocal_())
             total += a[0] if len(a) == 1 else a.sum(0)
+            maps.append(a)
         return maps, total
 
-    def differentiate(self, maps: Tensor, gradient: Tensor, rows: slice) -> None:
-        """What dS = A * (G - rowsum(A * G)) adds to dq and dk; A (H, rows, N), overwritten; G (rows, N)."""
+    def differentiate(self, maps: list[Tensor], gradient: Tensor, rows: slice) -> None:
+        """What dS = A * (G - rowsum(A * G)) adds to dq and dk; maps: A, overwritten; G (rows, N)."""
         if not self.wanted:
             return
         first = 1 if rows.start == 0 else 0  # the class row's share of dk waits for its own incoming gradient
-        for group in self.groups:
-            a, q, k = maps[group], self.q[group, rows], self.k[group]
+        for group, a in zip(self.groups, maps):
+            q, k = self.q[group, rows], self.k[group]
             torch.ops.aten._softmax_backward_data.out(gradient.expand_as(a), a, -1, a.dtype, grad_input=a)
             self.d_q[group, rows].copy_(multiply_transposed(a, k.transpose(1, 2)))
             q_t, a_t = q[:, first:].transpose(1, 2), a[:, first:].transpose(1, 2)
             self.d_k[group].add_(multiply_transposed(q_t, a_t))  # (H, d, N): faster than its transpose
         if first:
-            self.class_d_scores = maps[:, 0].clone()
+            self.class_d_scores = torch.cat([a[:, 0] for a in maps])
 
     def gradients(self) -> tuple[Tensor, ...]:
         """dq (H, 1 + M, d), row 0 of the class sum and the others of the patch sum; dk (H, d, N) of the patch

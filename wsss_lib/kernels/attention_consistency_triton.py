@@ -27,8 +27,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .attention_consistency import LOG2E
 from .dispatch import interpreted
 
-# At d = 64 no spills in half precision and 12 bytes at most in float32 (on Hopper), whose products are three
-# TF32 ones: they keep float32's accuracy on tensor cores.
+# Nothing spills at d = 64 on Hopper. Float32 products are three TF32 ones: they keep float32's accuracy on
+# tensor cores.
 HALF = {"BLOCK_R": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 SINGLE = {"BLOCK_R": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
