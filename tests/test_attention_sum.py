@@ -1,6 +1,7 @@
 """The fused attention map against loops, golden vectors and differences; its memory; PyTorch and Triton."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from triton_harness import interpret
 
 from wsss_lib.kernels import attention_sum, baselines, products
 from wsss_lib.kernels.attention_sum import propagate, weighted_attention_sum
+from wsss_lib.kernels.dispatch import choose_backend
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = load_file(ROOT / "tests/golden/weaktr_fusion.safetensors")
@@ -309,6 +311,19 @@ def test_wrong_types_values_and_backends():
         propagate(q, q, weights, torch.zeros(2, 5, 1).long())
     with pytest.raises(ValueError, match="backend: found 'cuda'"):
         weighted_attention_sum(q, q, weights, backend="cuda")
+
+
+def test_auto_leaves_old_cards_and_large_heads_to_torch(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: "there is Triton")
+
+    def auto(head_dim, capability, uses_dot=True):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: capability)
+        tensor = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 5, head_dim))
+        return choose_backend("auto", tensor, uses_dot)
+
+    assert auto(64, (8, 0)) == auto(64, (9, 0)) == "triton"
+    assert auto(64, (7, 5)) == auto(65, (9, 0)) == "torch"
+    assert auto(512, (7, 5), uses_dot=False) == "triton"
 
 
 def test_triton_is_left_to_what_it_can_do(monkeypatch):

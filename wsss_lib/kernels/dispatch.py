@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+LARGEST_HEAD = 64  # tiles of 128 numbers a token, in float32, take 160 KB of shared memory: an RTX card has 99
 
 
 def choose_backend(backend: str, tensor: Tensor, uses_dot: bool = False) -> str:
@@ -20,7 +21,7 @@ def choose_backend(backend: str, tensor: Tensor, uses_dot: bool = False) -> str:
 
     backend: "auto" takes Triton on CUDA devices where it is installed; a kernel built on `tl.dot` (uses_dot)
     needs compute capability 8.0 as well: below, Triton emits no tensor-core instruction and PyTorch's own
-    matrix products win. "triton" insists, on CUDA or, under TRITON_INTERPRET=1, on the CPU (slow: for tests).
+    matrix products win; and at most 64 numbers in the last dimension, whose rows its tiles hold. "triton" insists, on CUDA or, under TRITON_INTERPRET=1, on the CPU (slow: for tests).
     Raises ValueError for another name, and for "triton" where it cannot run.
     """
     if backend not in BACKENDS:
@@ -31,7 +32,7 @@ def choose_backend(backend: str, tensor: Tensor, uses_dot: bool = False) -> str:
     if backend == "auto":
         fast = device.type == "cuda" and installed
         if fast and uses_dot:
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+            fast = torch.cuda.get_device_capability(device) >= (8, 0) and tensor.shape[-1] <= LARGEST_HEAD
         return "triton" if fast else "torch"
     if not installed:
         raise ValueError('backend: found "triton", which is not installed here; use "auto" or "torch"')
