@@ -25,7 +25,8 @@ from wsss_lib.localization.acr import acr_maps
 from wsss_lib.models.acr import AcrViT
 from wsss_lib.models.attention import AttentionTape
 from wsss_lib.models.getam import block_outputs
-from wsss_lib.models.official import ACR_NAMES, published_name
+from wsss_lib.models.official import ACR_NAMES
+from wsss_lib.models.published import published_name
 from wsss_lib.training.consistency import consistency_loss
 
 GOLDEN = Path(__file__).parent / "golden"

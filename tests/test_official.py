@@ -23,7 +23,8 @@ from wsss_lib import load_official, localize
 from wsss_lib.localization import combine_rows, getam
 from wsss_lib.models import GetamViT, create_backbone
 from wsss_lib.models.attention import AttentionTape
-from wsss_lib.models.official import GETAM_NAMES, published_name
+from wsss_lib.models.official import GETAM_NAMES
+from wsss_lib.models.published import published_name
 
 GOLDEN = Path(__file__).parent / "golden"
 INPUTS = load_file(GOLDEN / "getam_vitb.safetensors")  # all three networks saw the same pictures

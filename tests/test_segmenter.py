@@ -12,7 +12,8 @@ from torch import nn
 
 from wsss_lib import load_official
 from wsss_lib.models import MaskTransformer, Segmenter, create_backbone, sliding_window
-from wsss_lib.models.official import SEGMENTER_NAMES, published_name
+from wsss_lib.models.official import SEGMENTER_NAMES
+from wsss_lib.models.published import published_name
 from wsss_lib.models.segmenter import window_starts
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,7 @@ from .dense_energy import check_logits, dense_energy_loss, upsampled
 from .gradient_clipping import gradient_clipping_loss
 
 __all__ = ["affinity_labels", "affinity_loss", "balanced_segmentation_loss", "classification_loss",
-           "consistency_loss", "dense_energy_loss", "gradient_clipping_loss", "saliency_loss"]
+           "consistency_loss", "dense_energy_loss", "gradient_clipping_loss", "saliency_loss", "weaktr_loss"]
 
 
 def classification_loss(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
@@ -28,6 +28,17 @@ def classification_loss(model: nn.Module, batch: dict, step: int) -> dict[str, T
     out = model.forward_heads(batch["image"])
     return {"class": F.multilabel_soft_margin_loss(out.class_logits.float(), batch["labels"]),
             "patch": F.multilabel_soft_margin_loss(out.pooled.float(), batch["labels"])}
+
+
+def weaktr_loss(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
+    """Multi-label soft margin loss of a `WeakTr`'s three predictions, to be summed: {"class", "coarse", "fine"}.
+
+    batch: image (B, 3, H, W), labels (B, C) multi-hot. "fine" teaches the attention fusion alone: what it reads is
+    detached. Source: WeakTr (arXiv 2304.01184), section 3.
+    """
+    out = model.forward_predictions(batch["image"])
+    logits = {"class": out.class_logits, "coarse": out.coarse_logits, "fine": out.fine_logits}
+    return {name: F.multilabel_soft_margin_loss(x.float(), batch["labels"]) for name, x in logits.items()}
 
 
 def balanced_segmentation_loss(logits: Tensor, masks: Tensor, average: bool = False,
