@@ -244,9 +244,9 @@ def test_a_segmenter_through_windows():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="num_classes, depth: found 0, 2, expected at least 1"):
+    with pytest.raises(ValueError, match="num_classes: found 0, expected at least 1"):
         Segmenter(num_classes=0)
-    with pytest.raises(ValueError, match="num_classes, depth: found 3, 0"):
+    with pytest.raises(ValueError, match="depth: found 0, expected at least 1"):
         Segmenter(num_classes=3, depth=0)
     with pytest.raises(ValueError, match="backbone: found Eva, expected, as published"):
         Segmenter("eva02_tiny_patch14_224", published=True)

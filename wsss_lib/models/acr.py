@@ -6,16 +6,16 @@ Source: ACR, Sun et al. 2023 (arXiv 2308.04321), section 3. The network is plain
 
 from __future__ import annotations
 
-import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import CamOutput
 from .getam import as_published, block_outputs
-from .vit import create_backbone, num_class_tokens, patch_stride, token_grid
+from .network import Network
+from .vit import num_class_tokens, token_grid
 
 
-class AcrViT(nn.Module):
+class AcrViT(Network):
     """Multi-label classifier on a timm ViT with a class token: one linear head for it and for the patches.
 
     backbone: as of `create_backbone`, or its name. num_classes: C, without background.
@@ -25,25 +25,17 @@ class AcrViT(nn.Module):
     Both readings are of the last block's output, without the final norm. The image's class is the class
     token's; distillation token and registers are in no logit.
 
-    Attributes: backbone, num_classes, num_prefix_tokens, patch_stride (pixels per token), published,
-    data_config {"mean", "std"} of the normalisation that the backbone expects, for values in [0, 1].
+    Attributes: those of `Network`, and published.
     Raises ValueError for a backbone without a class token, no classes and as `create_backbone`.
     """
 
     def __init__(
         self, backbone: nn.Module | str = "toyvit", num_classes: int = 20, published: bool = False
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        super().__init__(backbone, num_classes)
         if not num_class_tokens(self.backbone):
             raise ValueError("backbone: found no class token, expected one: the logits are read off it")
-        self.num_classes, self.published = num_classes, published
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        self.published = published
         if published:
             as_published(self.backbone)
         self.classifier = nn.Linear(self.backbone.embed_dim, num_classes)

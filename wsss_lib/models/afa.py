@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +18,9 @@ from .attention import AttentionTape, fused_attention, module_flags
 from .cam import CamOutput
 from .getam import outputs_of, stem_levels
 from .mit import Grid, MixTransformer, pooled_queries
+from .network import Network
 from .segformer import SegFormerHead
-from .vit import create_backbone, patch_stride, split_tokens, token_grid
+from .vit import create_backbone, split_tokens, token_grid
 
 FEATURES = 256  # width of the published segmentation head, on a backbone of width 512
 POOLS = {"gmp": F.adaptive_max_pool2d, "gap": F.adaptive_avg_pool2d}
@@ -42,7 +42,7 @@ class AfaOutput(NamedTuple):
     affinity: Tensor  # (B, N, N), as in AfaAffinity
 
 
-class AfaNet(nn.Module):
+class AfaNet(Network):
     """Multi-label classifier, segmentation and affinity network on a Mix Transformer.
 
     backbone: a `MixTransformer`, or its name. num_classes: C, without background. pool: "gmp" (maximum over
@@ -55,8 +55,7 @@ class AfaNet(nn.Module):
     softmax, of all M heads of the last two blocks (`kernels.attention_affinity`). Each w_m starts at
     1 / (M sqrt(d)), b at 0: the mean of the heads' scaled scores. Images may have any size.
 
-    Attributes: backbone, num_classes, num_prefix_tokens, patch_stride (pixels per token), published,
-    data_config {"mean", "std"} of the normalisation that the backbone expects, for values in [0, 1].
+    Attributes: those of `Network`, pool and published.
     Raises ValueError for another backbone, one whose last stage has a single block, wrong numbers, an unknown
     pool and as `create_backbone`.
     """
@@ -69,18 +68,11 @@ class AfaNet(nn.Module):
         features: int | None = None,
         published: bool = False,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
+        super().__init__(backbone, num_classes)
         if pool not in POOLS:
             raise ValueError(f"pool: found {pool!r}, expected one of {', '.join(POOLS)}")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
         self._check_backbone()
-        self.num_classes, self.pool, self.published = num_classes, pool, published
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        self.pool, self.published = pool, published
         dim, channels = self.backbone.embed_dim, self._level_channels()
         features = min(FEATURES, dim // 2) if features is None else features
         self.classifier = nn.Conv2d(dim, num_classes, 1, bias=False)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vit import create_backbone, forward_tokens, num_class_tokens, patch_stride, split_tokens, token_grid
+from .network import Network
+from .vit import forward_tokens, num_class_tokens, split_tokens, token_grid
 
 PATCH_PRIOR = 0.01  # how often a patch shows a given class, before anything is known
 
@@ -26,7 +26,7 @@ class CamOutput(NamedTuple):
     features: Tensor  # (B, D, h, w), what the patch head reads: after the final norm
 
 
-class CamViT(nn.Module):
+class CamViT(Network):
     """Multi-label classifier on a timm ViT: one head on the class token, one on every patch token.
 
     backbone: as of `create_backbone`, or its name. num_classes: C, without background.
@@ -35,27 +35,19 @@ class CamViT(nn.Module):
     12 of the toy backbone's 196 tokens, asks that of a part.
 
     Where the backbone has no class token the pooled patch logits stand in for the class token's.
-    Attributes: num_classes, num_prefix_tokens, patch_stride (pixels per token), data_config {"mean", "std"}
-    of the normalisation that the backbone expects, for values in [0, 1].
+    Attributes: those of `Network`, and pool.
     Raises ValueError for a pool out of range and as `create_backbone`.
     """
 
     def __init__(
         self, backbone: nn.Module | str = "toyvit", num_classes: int = 20, pool: int | float = 12 / 196
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
+        super().__init__(backbone, num_classes)
         in_range = pool >= 1 if isinstance(pool, int) else 0 < pool <= 1
         if isinstance(pool, bool) or not in_range:
             raise ValueError(f"pool: found {pool}, expected a share in (0, 1] or a whole number >= 1")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
-        self.num_classes, self.pool = num_classes, pool
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
+        self.pool = pool
         self.num_class_tokens = num_class_tokens(self.backbone)
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
         dim = self.backbone.embed_dim
         self.class_head = nn.Linear(dim, num_classes) if self.num_class_tokens else None
         self.patch_head = nn.Linear(dim, num_classes)

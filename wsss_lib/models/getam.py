@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import StdConv2dSame, pad_same
@@ -20,8 +19,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .decoders import DPTDecoder, Reassemble
+from .network import Network
 from .toy import ConvStem
-from .vit import create_backbone, num_class_tokens, patch_stride, token_grid
+from .vit import num_class_tokens, token_grid
 
 FEATURES = 256  # width of the published decoder, on a backbone of width 768
 
@@ -33,7 +33,7 @@ class GetamOutput(NamedTuple):
     segmentation: Tensor  # (B, C+1, H, W), of each pixel, background first
 
 
-class GetamViT(nn.Module):
+class GetamViT(Network):
     """Multi-label classifier and segmentation network on a timm ViT with a class token.
 
     backbone: as of `create_backbone`, or its name. num_classes: C, without background. features: width of the
@@ -46,8 +46,7 @@ class GetamViT(nn.Module):
     convolutional stem (ResNetV2 as in R50+ViT-B, or the toy's) the two finer levels come from it, at 4 and 8
     pixels per position. The class logits are a linear head on the mean of the coarsest level.
 
-    Attributes: backbone, num_classes, num_prefix_tokens, patch_stride (pixels per token), published,
-    data_config {"mean", "std"} of the normalisation that the backbone expects, for values in [0, 1].
+    Attributes: those of `Network`, and published.
     Raises ValueError for a backbone without a class token, wrong numbers and as `create_backbone`.
     """
 
@@ -58,17 +57,10 @@ class GetamViT(nn.Module):
         features: int | None = None,
         published: bool = False,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        super().__init__(backbone, num_classes)
         if not num_class_tokens(self.backbone):
             raise ValueError("backbone: found no class token, expected one: the map is made of its attention")
-        self.num_classes, self.published = num_classes, published
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        self.published = published
         if published:
             as_published(self.backbone)
         dim, depth, stem = self.backbone.embed_dim, len(self.backbone.blocks), stem_levels(self.backbone)

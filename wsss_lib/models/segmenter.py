@@ -6,14 +6,14 @@ with it on pseudo labels, pixel by pixel, under the loss of `training.gradient_c
 
 from __future__ import annotations
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .getam import as_published
-from .vit import create_backbone, forward_tokens, patch_stride, token_grid
+from .network import Network
+from .vit import forward_tokens, token_grid
 
 HEAD_DIM = 64  # of the decoder's attention heads
 
@@ -65,7 +65,7 @@ class MaskTransformer(nn.Module):
         return self.mask_norm(patches @ labels.transpose(1, 2)).transpose(1, 2)
 
 
-class Segmenter(nn.Module):
+class Segmenter(Network):
     """Semantic segmentation on a timm ViT: tokens after its final norm, a `MaskTransformer`, upsampling.
 
     backbone: as of `create_backbone`, or its name; its prefix tokens (class, distillation, registers) take
@@ -74,8 +74,7 @@ class Segmenter(nn.Module):
     published: True computes what the published code does: `as_published` on the backbone (positions resized
     bilinearly) and an epsilon of 1e-5, not timm's 1e-6, in its norms.
 
-    Attributes: backbone, decoder, num_classes, num_prefix_tokens, patch_stride (pixels per token), published,
-    data_config {"mean", "std"} of the normalisation that the backbone expects, for values in [0, 1].
+    Attributes: those of `Network`, decoder and published.
     Raises ValueError for wrong numbers and as `create_backbone`.
     """
 
@@ -87,20 +86,15 @@ class Segmenter(nn.Module):
         dropout: float = 0.1,
         published: bool = False,
     ) -> None:
-        super().__init__()
-        if num_classes < 1 or depth < 1:
-            raise ValueError(f"num_classes, depth: found {num_classes}, {depth}, expected at least 1")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        super().__init__(backbone, num_classes)
+        if depth < 1:
+            raise ValueError(f"depth: found {depth}, expected at least 1")
         if published:
             as_published(self.backbone)
             for module in self.backbone.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = 1e-5
-        self.num_classes, self.published = num_classes, published
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        self.published = published
         self.decoder = MaskTransformer(self.backbone.embed_dim, num_classes + 1, depth, dropout)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ from ..kernels.attention_sum import propagate, weighted_attention_sum
 from .attention import AttentionBlock, AttentionTape, at_least_float32, fused_attention
 from .class_tokens import expand_class_tokens, repeat_stored_class_token, resize_positions_as_published
 from .getam import block_outputs, outputs_of
-from .vit import create_backbone, patch_stride, token_grid
+from .network import Network
+from .vit import token_grid
 
 POOLS = ("max", "avg")
 
@@ -85,7 +85,7 @@ class AdaptiveAttentionFusion(nn.Module):
         return weights.unflatten(1, (self.num_heads, self.depth)).transpose(1, 2)  # -> (B, H, L) -> (B, L, H)
 
 
-class WeakTr(nn.Module):
+class WeakTr(Network):
     """Multi-label classifier on a timm ViT with a token per class, whose maps attention makes fine.
 
     backbone: as of `create_backbone`, or its name; it must have a class token. It is changed in place
@@ -103,9 +103,8 @@ class WeakTr(nn.Module):
     mixed the heads, and in any order its channels are no head's. Here it sees the output of each head itself.
     And there positions are resized by a scale factor (h + 0.1) / h0 that is a little off; here by timm.
 
-    Attributes: backbone, fusion, coarse_head, num_classes, num_prefix_tokens (C and the others), patch_stride
-    (pixels per token), published, data_config {"mean", "std"} of the normalisation that the backbone expects,
-    for values in [0, 1]. Raises ValueError for a backbone without exactly one class token, wrong numbers and
+    Attributes: those of `Network` (num_prefix_tokens counts the C class tokens and the others), fusion,
+    coarse_head and published. Raises ValueError for a backbone without exactly one class token, wrong numbers and
     as `create_backbone`.
     """
 
@@ -118,20 +117,13 @@ class WeakTr(nn.Module):
         feature_reduction: int = 8,
         published: bool = False,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 1")
-        self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        super().__init__(backbone, num_classes)
         expand_class_tokens(self.backbone, num_classes)
         for name in ("norm", "fc_norm"):  # never applied: a parameter that gets no gradient would stop DDP
             getattr(self.backbone, name, nn.Identity()).requires_grad_(False)
         if published:
             resize_positions_as_published(self.backbone)
-        self.num_classes, self.published = num_classes, published
-        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.patch_stride = patch_stride(self.backbone)
-        config = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        self.published = published
         dim, blocks = self.backbone.embed_dim, self.backbone.blocks
         heads = blocks[0].attn.num_heads
         head_dim = dim // heads if published else blocks[0].attn.head_dim
