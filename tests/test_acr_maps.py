@@ -44,6 +44,8 @@ def test_agrees_with_attention_written_out(model, images, variant):
         maps = acr_maps(model, images, LABELS, start_layer=start, **options)
         found, expected = naive.maps(model.backbone, model, images, LABELS, layer, variant, GRID)
         assert_same_maps(maps, expected, 1e-12)
+        gradient = acr_maps(model, images, LABELS, start_layer=start, patch_affinity=False, **options)
+        assert_same_maps(gradient, found, 1e-12)
         assert not maps.requires_grad and (maps >= 0).all()
         with AttentionTape(detach=True) as tape:
             model(images)

@@ -11,7 +11,8 @@ from torch import nn
 
 from wsss_lib.training import engine
 from wsss_lib.training.checkpoints import load_checkpoint, save_checkpoint, save_weights
-from wsss_lib.training.engine import make_optimizer, step_seed
+from wsss_lib.training.engine import step_seed
+from wsss_lib.training.optimizers import make_optimizer
 
 
 @pytest.fixture(scope="module")

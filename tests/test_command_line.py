@@ -15,6 +15,8 @@ from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.paths import REPOSITORY
 from wsss_lib.reports import MAPS
 
+# Maps of a plain classifier; those of WeakTr and AFA need their networks.
+PLAIN = {name: maps for name, maps in MAPS.items() if maps["method"] not in ("weaktr", "affinity")}
 COUNTS = ("--train", "3", "--val", "2", "--single", "2", "--processes", "1")
 
 
@@ -81,7 +83,7 @@ def test_help_lists_the_commands(run, capsys):
         run("--help")
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for command in ("toyvoc", "pretrain", "evaluate"):
+    for command in ("toyvoc", "pretrain", "train", "localize", "evaluate"):
         assert f"\n    {command} " in said
 
 
@@ -108,10 +110,10 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
 
     results = tmp_path / "results" / "cam.json"
     run("evaluate", "--checkpoint", out / "toyvit.safetensors", "--root", tree, "--background", .3, "--flip",
-        "--methods", *MAPS, "--results", results)
+        "--methods", *PLAIN, "--results", results)
     found = json.loads(results.read_text(), parse_constant=pytest.fail)
-    assert "cam" in MAPS and "getam" in MAPS
-    for name, maps in MAPS.items():
+    assert {"cam", "getam", "acr"} <= PLAIN.keys()
+    for name, maps in PLAIN.items():
         entry = found[name]
         assert (entry["method"], entry["split"], entry["pictures"]) == (maps["method"], "val", 3)
         assert entry["fixed"]["background"] == .3
@@ -120,7 +122,7 @@ def test_pretrained_weights_can_be_evaluated(run, tree, tmp_path, capsys):
         assert entry["options"] == {**expected, **{k: v for k, v in maps.items() if k != "method"}}
     assert found["torch"] == torch.__version__
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in printed] == list(MAPS)
+    assert [line.split(",")[0] for line in printed] == list(PLAIN)
     assert all("(oracle)" in line and ", val, 3 pictures" in line for line in printed)
 
 
@@ -145,6 +147,51 @@ def test_a_study_gets_a_row_for_each_training(run, tree, tmp_path):
     assert "found name None" in error_of(run, *score)
     study.write_text("[]")
     assert "found no study" in error_of(run, *score, "--name", "CNN") and study.read_text() == "[]"
+
+
+def test_weaktr_from_labels_to_a_retrained_segmenter(run, tree, tmp_path, capsys):
+    """The four commands of WeakTr's two stages; an interrupted `localize` goes on where it stopped."""
+    study, masks = tmp_path / "study.json", tmp_path / "masks"
+    short = "--root", tree, "--seed", 4, "--set", "steps=1", "batch_size=2", "warmup=0"
+    run("train", "--recipe", "toyvoc/weaktr", "--out", tmp_path / "first", *short)
+    weights = tmp_path / "first" / "model.safetensors"
+    maps = [name for name in MAPS if name.startswith("weaktr")]
+    run("evaluate", "--checkpoint", weights, "--root", tree, "--methods", *maps, "--refine", "none", "crf",
+        "--study", study, "--name", "one step")
+    row, = json.loads(study.read_text())["rows"]
+    assert {name + refine for name in maps for refine in ("", "+crf")} <= row.keys()
+    assert row["seed"] == 4 and row["training"]["recipe"]["method"] == "weaktr"
+
+    write = "localize", "--checkpoint", weights, "--root", tree, "--method", "weaktr_coarse", "--out", masks
+    run(*write, "--refine", "crf")
+    files = {f.name: f.read_bytes() for f in masks.iterdir()}
+    assert len(files) == 4 and all(name.endswith(".png") for name in files)
+    lost = sorted(files)[1]
+    (masks / lost).unlink()
+    capsys.readouterr()
+    run(*write, "--refine", "crf")
+    assert "1 pseudo labels" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in masks.iterdir()} == files
+
+    retrain = "train", "--recipe", "toyvoc/segmenter", *short
+    run(*retrain, "--out", tmp_path / "second", "--masks", masks)
+    run("evaluate", "--checkpoint", tmp_path / "second" / "model.safetensors", "--root", tree, "--methods",
+        "segmentation", "--study", study, "--name", "retrained")
+    retrained = json.loads(study.read_text())["rows"][1]
+    assert 0 <= retrained["segmentation"]["miou"] <= 1 and retrained["mean_average_precision"] is None
+    assert "labels none" in capsys.readouterr().out
+    assert "masks: found none" in error_of(run, *retrain, "--out", tmp_path / "third")
+
+
+def test_afa_is_trained_and_scored(run, tree, tmp_path):
+    results = tmp_path / "afa.json"
+    run("train", "--recipe", "toyvoc/afa", "--root", tree, "--out", tmp_path, "--set", "steps=1", "batch_size=2",
+        "backbone=toyvit", "loss.classify_until=0", "loss.propagate_from=0")
+    run("evaluate", "--checkpoint", tmp_path / "model.safetensors", "--root", tree, "--limit", 2, "--results", results,
+        "--methods", "afa_cam", "affinity", "segmentation", "--refine", "none", "par")
+    found = json.loads(results.read_text())
+    assert {"afa_cam", "afa_cam+par", "affinity", "affinity+par", "segmentation"} <= found.keys()
+    assert found["affinity"]["options"]["radius"] == 4  # the recipe's
 
 
 def test_saliency_is_scored_beside_its_baselines(run, tree, tmp_path, capsys):
@@ -177,13 +224,19 @@ def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run,
     (("pretrain", "--steps", "1", "--batch", "0"), ("batch", "found 0")),
     (("pretrain", "--steps", "1", "--singles-until", "1.5"), ("singles_until", "found 1.5")),
     (("pretrain", "--steps", "1", "--device", "abacus"), ("device", "abacus")),
+    (("train", "--recipe", "toyvoc/cma"), ("wsss_lib train", "recipe", "toyvoc/cma", "toyvoc/weaktr")),
+    (("train", "--recipe", "toyvoc/acr", "--set", "lr"), ("set", "found 'lr'", "key=value")),
+    (("localize", "--method", "cma"), ("wsss_lib localize", "cma", "weaktr")),
+    (("localize", "--method", "weaktr"), ("wsss_lib localize", "CamViT", "expected a WeakTr")),
 ])
 def test_bad_input_is_one_line(run, tree, tmp_path, args, parts):
     command, *rest = args
-    if command == "evaluate" and "--checkpoint" not in rest:
+    if command in ("evaluate", "localize") and "--checkpoint" not in rest:
         rest += ["--checkpoint", _weights(tmp_path)]
     where = {"evaluate": ["--root", tree], "pretrain": ["--root", tree, "--out", tmp_path / "out"],
-             "toyvoc": ["--root", tmp_path / "tree"]}[command]
+             "toyvoc": ["--root", tmp_path / "tree"]}
+    where["train"] = where["localize"] = where["pretrain"]
+    where = where[command]
     said = error_of(run, command, *where, *rest)
     assert all(part in said for part in parts), said
 

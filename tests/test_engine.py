@@ -9,7 +9,8 @@ from tiny_training import CONFIG, batch_at, loss, network, run
 from torch import nn
 
 from wsss_lib.training.checkpoints import load_checkpoint
-from wsss_lib.training.engine import TrainConfig, make_optimizer, plain_attention, train
+from wsss_lib.training.engine import TrainConfig, plain_attention, train
+from wsss_lib.training.optimizers import make_optimizer
 from wsss_lib.training.schedules import warmup_cosine
 
 # ---- schedules

@@ -47,6 +47,8 @@ def test_maps_of_each_fusion(model, images, fusion):
     else:
         fused = fused_map[:, :4, 4:].unflatten(2, (3, 4)) * coarse
         wanted = torch.einsum("bij,bcj->bci", fused_map[:, 4:, 4:], fused.flatten(2)).unflatten(2, (3, 4))
+        before = weaktr_maps(model, images, LABELS, fusion, patch_attention=False)
+        torch.testing.assert_close(before, fused.where(LABELS[:, :, None, None] > 0, 0), rtol=0, atol=1e-13)
     maps = weaktr_maps(model, images, LABELS, fusion=fusion)
     present = LABELS[:, :, None, None] > 0
     assert maps.shape == (3, 4, 3, 4) and not maps.requires_grad and (maps >= 0).all()

@@ -21,7 +21,7 @@ from wsss_lib.models import CamViT, create_backbone, fold_batch_norm
 from wsss_lib.models.attention import AttentionTape
 from wsss_lib.models.mit import Attention, MixTransformer, pooled_queries
 from wsss_lib.training.engine import TrainConfig, plain_attention, train
-from wsss_lib.training.recipes import mosaic_loss
+from wsss_lib.training.mosaics import mosaic_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 BATCH_NORM = nn.modules.batchnorm._BatchNorm

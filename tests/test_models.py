@@ -185,7 +185,7 @@ def test_wrong_inputs(toy):
         CamViT("toyvit", 3, pool=40)(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="method: found 'cma', expected one of cam"):
         create_model("cma")
-    assert list(METHODS) == ["cam", "getam", "weaktr", "acr", "afa"]
+    assert list(METHODS) == ["cam", "getam", "weaktr", "acr", "afa", "segmenter"]
 
 
 def test_pictures_of_a_batch_do_not_mix(toy):

@@ -10,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from wsss_lib import create_model, evaluate, localize, pseudo_labels
+from wsss_lib import create_model, evaluate, localize, normalize_maps, pseudo_labels
 from wsss_lib.data.sample import TRUTHS
 from wsss_lib.data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS, build_toyvoc
 from wsss_lib.data.transforms import EvalTransform
 from wsss_lib.data.voc import VOC, VOC_CLASSES
 from wsss_lib.evaluation import mean_average_precision
+from wsss_lib.ledgers import write_results
+from wsss_lib.localization import affinity_cam
 from wsss_lib.paths import REPOSITORY
-from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds,
-                              write_pseudo_labels, write_results)
+from wsss_lib.refinement import crf_labels, random_walk
+from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds, write_labels,
+                              write_pseudo_labels)
 
 FIXED = .25
 QUIET = {"progress": False}
@@ -160,6 +163,48 @@ def test_power_and_refinement_are_those_of_the_library(model, data, maps):
     assert not torch.equal(found, pseudo_labels(split.maps, split.labels, images, background=FIXED))
     score = sweep_thresholds(split).scores_at(FIXED)
     assert (score.confusion == evaluate(expected, stacked(data, "mask")[:3]).confusion).all()
+
+
+def test_minmax_subtracts_the_minimum(model, data, maps):
+    split = localize_split(model, data, batch_size=6, minmax=True, power=.5, **QUIET)
+    expected = normalize_maps(maps, "minmax").sqrt()
+    torch.testing.assert_close(split.maps, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_crf_refines_the_masks_of_both_thresholds(model, data, maps, result):
+    found = report(model, data, background=FIXED, batch_size=4, refine="crf", **QUIET)
+    images = torch.stack([torch.as_tensor(sample.image) for sample in data])
+    for name in ("best", "fixed"):
+        assert found[name]["background"] == result[name]["background"]
+        masks = crf_labels(predictions(data, maps, found[name]["background"]), data.labels, images)
+        expected = evaluate(masks, stacked(data, "mask")).miou
+        assert found[name]["miou"] == pytest.approx(expected, abs=1e-4) != result[name]["miou"]
+
+
+def test_affinity_maps_are_reported(data):
+    torch.manual_seed(0)
+    network = create_model("afa", "toyvit", pretrained=False)
+    split = localize_split(network, data, "affinity", scales=(1., .5), flip=False, radius=3, limit=2, **QUIET)
+    transform = EvalTransform(mean=network.data_config["mean"], std=network.data_config["std"])
+    images = torch.stack([transform(data[i])["image"] for i in range(2)])
+    found = affinity_cam(network, images, data.labels[:2], (1., .5), flip=False)
+    expected = random_walk(found.on_grid(), found.affinity, data.labels[:2], None, 3)
+    torch.testing.assert_close(split.maps, expected)
+    without = localize_split(network, data, "affinity", walk=False, scales=(1., .5), flip=False, limit=2, **QUIET)
+    torch.testing.assert_close(without.maps, found.maps)
+
+
+def test_labels_are_written_once_and_without_a_truth(model, data, maps, tmp_path):
+    blind = VOC(data.root, "val")
+    written = {"background": FIXED, "folder": tmp_path, "chunk": 4, **QUIET}
+    assert write_labels(model, blind, limit=5, **written) == 5
+    first = tmp_path / f"{data.names[0]}.png"
+    first.write_bytes(b"kept")
+    assert write_labels(model, blind, **written) == 1 and first.read_bytes() == b"kept"
+    expected = predictions(data, maps, FIXED)
+    for i, name in enumerate(data.names[1:], 1):
+        assert (np.array(Image.open(tmp_path / f"{name}.png")) == expected[i].numpy()).all()
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_the_size_of_a_batch_makes_no_difference(model, data, maps):

@@ -27,6 +27,7 @@ def acr_maps(
     start_layer: int | None = None,
     variant: str = "grad",
     head: str = "both",
+    patch_affinity: bool = True,
 ) -> Tensor:
     """ACR's maps: (B, C, h, w), not negative, not normalised, zero for absent classes.
 
@@ -34,11 +35,13 @@ def acr_maps(
     block: (sum_l mean_h A_lh) @ map, patches only. model: an `AcrViT`, or what else `getam` takes; its other
     arguments, output type and errors are getam's. head "both" is what the model returns: of an AcrViT the
     class token's logit. The affinity comes from the same forward pass. Patches attend to prefix tokens
-    too, so the rows of A over the patches sum to less than 1.
+    too, so the rows of A over the patches sum to less than 1. patch_affinity: False leaves it out.
     """
     backbone = getattr(model, "backbone", model)
     depth, prefix = len(backbone.blocks), backbone.num_prefix_tokens
     options = (max(depth - 2, 0) if start_layer is None else start_layer, variant, head)
+    if not patch_affinity:
+        return getam(model, images, labels, *options)
     maps = getam(model, images, torch.zeros_like(labels), *options)  # zeros; it checks the arguments
     for rows in _groups(labels):
         with AttentionTape(detach=True) as tape:

@@ -23,14 +23,16 @@ FUSIONS = ("adaptive", "mean", "coarse", "random")
 
 @torch.no_grad()
 def weaktr_maps(
-    model: nn.Module, images: Tensor, labels: Tensor, fusion: str = "adaptive", seed: int = 0
+    model: nn.Module, images: Tensor, labels: Tensor, fusion: str = "adaptive", seed: int = 0,
+    patch_attention: bool = True,
 ) -> Tensor:
     """WeakTr's maps of one view: (B, C, h, w), not negative, not normalised, zero for absent classes.
 
     model: a `WeakTr`. images (B, 3, H, W), normalised; labels (B, C) multi-hot.
     fusion: how heads are weighed. "adaptive": by the model. Its baselines: "mean", all alike; "random",
     uniform in [0, 1), the same for all images, from `seed`; "coarse", no attention at all: relu of the coarse
-    map. Patch attention reaches every patch, so a map made with it is positive everywhere: subtract the
+    map. patch_attention: False gives the map before the last step, class tokens' attention * relu(coarse).
+    Patch attention reaches every patch, so a map made with it is positive everywhere: subtract the
     minimum before a threshold. float32 or better; runs in eval mode.
     Raises ValueError for an unknown fusion, another network, wrong labels and as `WeakTr.forward`.
     """
@@ -43,7 +45,8 @@ def weaktr_maps(
         if fusion == "coarse":
             maps = at_least_float32(model.coarse_cam(images)).relu()
         else:
-            maps = model.forward_predictions(images, _head_weights(model, fusion, seed, images)).fine_cam
+            out = model.forward_predictions(images, _head_weights(model, fusion, seed, images))
+            maps = out.fine_cam if patch_attention else out.fused_cam
     return maps.masked_fill((labels == 0).to(maps.device)[:, :, None, None], 0)
 
 

@@ -30,6 +30,7 @@ __all__ = ["METHODS", "AcrViT", "AfaNet", "AfaOutput", "AfaViT", "CamOutput", "C
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "cam": CamViT, "getam": GetamViT, "weaktr": WeakTr, "acr": AcrViT, "afa": afa_network,
+    "segmenter": Segmenter,
 }
 SHIPPED = {"toyvit": "checkpoints/toyvit.safetensors", "toycnn": "checkpoints/toycnn.safetensors"}
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from wsss_lib.training import checkpoints
-from wsss_lib.training.schedules import warmup_cosine
+from wsss_lib.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
 
 Batch = dict[str, Any]
 # What may differ between the run that saved a checkpoint and the run that resumes it.
@@ -34,8 +34,10 @@ FREE_FIELDS = ("device", "workers", "save_every", "log_every", "plain_attention"
 
 @dataclass
 class TrainConfig:
-    """Settings of a run. lr is the peak rate, final_lr the last one as a factor of lr, warmup in steps.
+    """Settings of a run. lr is the peak rate, warmup in steps.
 
+    optimizer: "adamw" (betas) or "sgd" (momentum). lr_factors: of parameters by name, as of `make_optimizer`.
+    schedule: "cosine", down to final_lr, a factor of lr; or "poly" with `power`, down to almost 0.
     bf16: autocast on cuda and cpu (other devices train in float32). clip: largest gradient norm, 0 for none.
     workers: processes that prepare batches, 0 for the training process. save_every, log_every: in steps.
     plain_attention: on the CPU, use the context manager of that name; False for a loss that needs the fused
@@ -56,8 +58,17 @@ class TrainConfig:
     save_every: int = 200
     log_every: int = 20
     plain_attention: bool = True
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    power: float = 1.0
+    lr_factors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
         for name, least in (("steps", 1), ("save_every", 1), ("log_every", 1), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected {least} or more")
@@ -116,9 +127,6 @@ def train(
     def elapsed() -> float:
         return before + time.perf_counter() - started
 
-    def lr_at(step: int) -> float:
-        return config.lr * warmup_cosine(step, config.steps, config.warmup, config.final_lr)
-
     def save() -> None:
         if checkpoint:
             state = (model, optimizer, done, elapsed(), history, settings, pending)
@@ -129,7 +137,7 @@ def train(
         saving = done % config.save_every == 0 or done == config.steps
         if not pending["sums"] or not (saving or done % config.log_every == 0):
             return
-        row = {"step": done, "lr": lr_at(done - 1)}
+        row = {"step": done, "lr": learning_rate(config, done - 1)}
         row |= {name: total / count for name, (total, count) in pending["sums"].items()}
         row |= {"seconds": elapsed(), "pictures": pending["pictures"]}
         if saving and evaluate:
@@ -157,7 +165,7 @@ def train(
                 tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
                 batch = batch | {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(done)
+                    group["lr"] = learning_rate(config, done) * group["factor"]
                 torch.manual_seed(step_seed(config.seed, done))
                 with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     losses = loss(model, batch, done)
@@ -198,24 +206,6 @@ def train(
 def step_seed(seed: int, step: int) -> int:
     """A 63-bit seed for one step of one run; neighbouring steps and seeds get unrelated numbers."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on the trainable parameters; weight decay on those with more than one dimension only.
-
-    Biases and the scales of norm layers set offsets and gains: pulling those to zero simplifies nothing.
-    Raises ValueError for a model without trainable parameters.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("model: found no trainable parameter, expected at least one")
-    decayed, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    try:
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    except RuntimeError:  # no fused AdamW on this device, or in this version of PyTorch
-        return torch.optim.AdamW(groups, **settings)
 
 
 @contextmanager

@@ -1,0 +1,227 @@
+"""The commands of `python -m wsss_lib`: each takes the parsed arguments, does its work and prints what came out.
+
+Heavy modules are imported where they are used, so that `--help` and a wrong argument answer at once.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .paths import cache_folder, shipped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _check_device(name: str) -> None:
+    """ValueError for a device that PyTorch does not know or find here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:     # PyTorch without CUDA says so by an assertion
+        raise ValueError(f"device: found {name!r}, expected one that PyTorch finds, such as cpu") from error
+
+
+def toyvoc(args: argparse.Namespace) -> None:
+    """Draw a ToyVOC tree."""
+    from .data.toyvoc import build_toyvoc, draw_sample, statistics
+
+    build_toyvoc(args.root, args.train, args.val, args.single, args.seed, args.bias, args.processes)
+    counts = {"train": args.train, "val": args.val, "single": args.single}
+    result = {"seed": args.seed, "bias": args.bias,
+              "splits": {split: statistics(args.root, split) for split, count in counts.items() if count}}
+    print(json.dumps(result, indent=1))
+    if args.results:
+        from .ledgers import write_results
+
+        draw_sample(0, "train", 0)                      # builds the noise bank, once per process
+        started = time.perf_counter()
+        for i in range(300):
+            draw_sample(0, "train", i)
+        result["milliseconds_per_scene"] = round((time.perf_counter() - started) / 300 * 1e3, 2)
+        result["tree_bytes"] = sum(f.stat().st_size for f in Path(args.root).rglob("*") if f.is_file())
+        write_results(args.results, result)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train a toy backbone on mosaics, from image-level labels."""
+    from functools import partial
+
+    import torch
+
+    from . import create_model
+    from .data.toyvoc import build_toyvoc
+    from .models import fold_batch_norm
+    from .ledgers import command_line, current_commit
+    from .training.checkpoints import save_weights
+    from .training.engine import TrainConfig
+    from .training.engine import train as run
+    from .training.mosaics import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
+
+    _check_device(args.device)
+    recipe = MosaicRecipe(batch=args.batch, mosaics=args.mosaics, singles_until=args.singles_until)
+    config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
+    root = Path(args.root) if args.root else build_toyvoc(cache_folder() / "toyvoc")
+    norm = args.stem_norm or ("none" if args.init else "batch")
+    torch.manual_seed(args.seed)
+    model = create_model("cam", args.backbone, pretrained=args.init or False, stem_norm=norm)
+    batches = MosaicBatches(PictureStore(root, "single"), PictureStore(root, "train"), args.steps,
+                            model.data_config["mean"], model.data_config["std"], recipe, args.seed)
+    loss = partial(mosaic_loss, recipe=recipe)
+    last = run(model, batches, loss, config, out=args.out, resume=args.resume)[-1]
+    fold_batch_norm(model)
+    record = {"seed": args.seed, "backbone": args.backbone, "stem_norm": norm, "steps": args.steps, "lr": args.lr,
+              "recipe": asdict(recipe), "images": args.steps * args.batch, "pictures": last["pictures"],
+              "distinct_pictures": len(batches.singles.images) + len(batches.scenes.images),
+              "seconds": round(last["seconds"]), "device": args.device,
+              "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
+              "command": command_line(), "commit": current_commit()}
+    weights = Path(args.out) / f"{args.backbone}.safetensors"
+    save_weights(weights, model)
+    weights.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def _record_of(weights: str | Path | None) -> dict | None:
+    """How the weights that a run starts from were made: the JSON beside them, if there is one."""
+    beside = Path(weights).with_suffix(".json") if weights else None
+    return json.loads(beside.read_text()) if beside and beside.exists() else None
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a method's network by a recipe, from image-level labels or from pseudo labels."""
+    from .training.fit import fit
+    from .training.recipes import find_recipe, override
+
+    _check_device(args.device)
+    settings = [f"{name}={getattr(args, name)}" for name in ("seed", "workers")]
+    recipe = override(find_recipe(args.recipe), [*settings, f"device={args.device}", *args.set])
+    root = Path(args.root) if args.root else _default_tree(recipe.data)
+    fit(recipe, root, args.out, args.init or True, args.masks, args.resume)
+    print((Path(args.out) / "model.json").read_text(encoding="utf-8"), end="")
+
+
+def _default_tree(data: str) -> Path:
+    from .data.toyvoc import build_toyvoc
+
+    if data != "toyvoc":
+        raise ValueError(f"root: found none, expected the folder that holds {data}: only toyvoc is drawn")
+    return build_toyvoc(cache_folder() / "toyvoc")
+
+
+def _trained(checkpoint: str | None, backbone: str, device: str) -> tuple[nn.Module, dict | None]:
+    """The network of a checkpoint, whichever command trained it, and how that was done."""
+    from . import create_model
+    from .training.fit import load_trained
+
+    file = Path(checkpoint) if checkpoint else shipped(f"checkpoints/{backbone}.safetensors")
+    record = _record_of(file)
+    if record and "recipe" in record and "method" in record["recipe"]:
+        return load_trained(file)[0].to(device), record
+    group = (record or {}).get("stem_norm") == "group"          # batch norm is folded into the weights
+    model = create_model("cam", backbone, pretrained=file, stem_norm="group" if group else "none")
+    return model.to(device).eval(), record
+
+
+def localize(args: argparse.Namespace) -> None:
+    """Write the pseudo labels of a split, from image-level labels, into a folder."""
+    from .data.voc import VOC
+    from .reports import MAPS, write_labels
+
+    _check_device(args.device)
+    _check_methods([args.method], MAPS)
+    model, record = _trained(args.checkpoint, args.backbone, args.device)
+    data = VOC(args.root or shipped("toyvoc"), args.split)
+    refine = None if args.refine == "none" else args.refine
+    options = {"scales": tuple(args.scales), "flip": args.flip, "refine": refine, **_map_options(args.method, record)}
+    written = write_labels(model, data, args.background, args.out, limit=args.limit, **options)
+    print(f"{args.out}: {written} pseudo labels of {args.method} written at {args.background}, "
+          f"refined by {args.refine}; those that were there already are kept")
+
+
+def _map_options(method: str, record: dict | None) -> dict:
+    """The options of a map: those of its table, and the radius that the affinity was trained with."""
+    from .reports import MAPS
+
+    radius = (record or {}).get("recipe", {}).get("loss", {}).get("radius")
+    return {**MAPS[method], **({"radius": radius} if method == "affinity" and radius else {})}
+
+
+def _check_methods(methods: list[str], known: Iterable[str]) -> None:
+    unknown = [method for method in methods if method not in known]
+    if unknown:
+        raise ValueError(f"methods: found {', '.join(map(repr, unknown))}, expected some of {', '.join(known)}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a checkpoint's maps, or the masks of a network that segments, on a split of ToyVOC."""
+    from .data.sample import TRUTHS
+    from .data.voc import VOC
+    from .ledgers import add_row, study_row, write_results
+    from .reports import MAPS, report
+    from .segmentation import segmentation_report
+
+    _check_device(args.device)
+    _check_methods(args.methods, [*MAPS, "segmentation"])
+    model, record = _trained(args.checkpoint, args.backbone, args.device)
+    data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
+    options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit}
+    result = {}
+    for method in args.methods:
+        if method == "segmentation":
+            result[method] = segmentation_report(model, data, **options)
+            continue
+        for refine in args.refine:
+            name = method if refine == "none" else f"{method}+{refine}"
+            result[name] = report(model, data, background=args.background,
+                                  refine=None if refine == "none" else refine,
+                                  **{"power": 1., **options, **_map_options(method, record)})
+    if args.results:
+        write_results(args.results, result)
+    if args.study:
+        add_row(args.study, study_row(args.name, record, result))
+    for name, r in result.items():
+        scores = (f"mIoU {100 * r['miou']:.1f}" if name == "segmentation" else
+                  f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * r['best']['miou']:.1f} at "
+                  f"{r['best']['background']} (oracle), {100 * r['fixed']['miou']:.1f} at {r['fixed']['background']}; "
+                  f"coverage {r['coverage']}; background called foreground {r['background_called_foreground']}")
+        print(f"{name}, {r['split']}, {r['pictures']} pictures, labels {r['labels']}: {scores}")
+
+
+def saliency(args: argparse.Namespace) -> None:
+    """Score saliency maps, the contrast of each picture or a folder of yours, against the foreground."""
+    from .data.voc import VOC
+    from .refinement.saliency import FolderSaliency, saliency_report
+    from .ledgers import write_results
+
+    data = VOC(args.root or shipped("toyvoc"), args.split, truth=["mask"])
+    result = saliency_report(data, FolderSaliency(args.folder) if args.folder else "contrast", args.limit)
+    if args.results:
+        write_results(args.results, result)
+    for name, r in result["methods"].items():
+        print(f"{name}, {result['split']}, {result['pictures']} pictures: F {r['f']['f']:.3f} at "
+              f"{r['f']['threshold']}, {r['max_f']['f']:.3f} at {r['max_f']['threshold']} (oracle), "
+              f"mean absolute error {r['mae']:.3f}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Time the kernels beside what the published code does."""
+    import torch
+
+    from .bench import BUDGET, run, table
+    from .bench_cases import cases
+
+    _check_device(args.device)
+    device = torch.device(args.device)
+    result = {"size": args.size, **run(cases(args.kernel, args.size, device), device, BUDGET[args.size])}
+    print(table(result))
+    if args.results:
+        from .ledgers import write_results
+
+        write_results(args.results, result)

@@ -1,0 +1,93 @@
+"""A recipe and a data set in, trained weights and the record of how they were made out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data.batches import Batches
+from ..data.pseudo import PseudoLabelled
+from ..data.transforms import TrainTransform
+from ..data.voc import VOC
+from ..models import create_model
+from ..ledgers import command_line, current_commit
+from .checkpoints import save_weights
+from .engine import train
+from .objectives import OBJECTIVES
+from .recipes import Recipe, as_record
+
+
+def fit(
+    recipe: Recipe,
+    root: str | Path,
+    out: str | Path,
+    init: bool | str | Path = True,
+    masks: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """Train the recipe's network on the pictures below `root`; return it, in eval mode.
+
+    out: folder for checkpoint and log (see `engine.train`), `model.safetensors` and its record `model.json`.
+    init: weights to start from, as `create_model`'s `pretrained`. masks: the folder of pseudo labels, for the
+    recipes that learn from one. The recipe's config has seed, device and workers.
+    Raises ValueError where masks are missing or not wanted, and as `create_model`, `VOC` and `train`.
+    """
+    if recipe.pseudo_labels != (masks is not None):
+        found, expected = ("none", "a folder of pseudo labels") if masks is None else (masks, "none")
+        raise ValueError(f"masks: found {found}, expected {expected} for the method {recipe.method}")
+    torch.manual_seed(recipe.config.seed)  # the new heads' first weights
+    model = create_model(recipe.method, recipe.backbone, pretrained=init, **recipe.network)
+    freeze(model, recipe.freeze)
+    data = VOC(root, "train")
+    data = data if masks is None else PseudoLabelled(data, masks)
+    transform = TrainTransform(
+        recipe.crop_size, recipe.scale_range, color_jitter=recipe.color_jitter, keep_uint8=recipe.method == "afa",
+        mean=model.data_config["mean"], std=model.data_config["std"])
+    batches = Batches(data, transform, recipe.batch_size, recipe.config.seed)
+    objective = OBJECTIVES[recipe.method](**recipe.loss)
+    last = train(model, batches, objective, recipe.config, out, resume, progress=progress)[-1]
+    record = {
+        "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
+        "recipe": as_record(replace(recipe)), "init": init if isinstance(init, bool) else Path(init).name,
+        "masks": None if masks is None else Path(masks).name,
+        "command": command_line(), "commit": current_commit(),
+    }
+    weights = Path(out, "model.safetensors")
+    save_weights(weights, model)
+    weights.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return model
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Take the parameters whose names begin with one of the regular expressions out of the training.
+
+    Raises ValueError for an expression that no name begins with."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [name for name in names if re.match(pattern, name)]
+        if not found:
+            raise ValueError(f"freeze: found no parameter whose name begins with {pattern!r}, expected some")
+        for name in found:
+            names[name].requires_grad_(False)
+
+
+def load_trained(weights: str | Path) -> tuple[nn.Module, dict]:
+    """The network of a file that `fit` wrote, in eval mode, and its record.
+
+    Raises FileNotFoundError and ValueError for a missing or incomplete record, and as `create_model`."""
+    file = Path(weights).with_suffix(".json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found, expected the record that was written beside {weights}")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        recipe = record["recipe"]
+        method, backbone, network = (recipe[name] for name in ("method", "backbone", "network"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: found no recipe with method, backbone and network, expected one") from error
+    return create_model(method, backbone, pretrained=weights, **network).eval(), record
