@@ -10,6 +10,8 @@ from wsss_lib import create_model
 from wsss_lib.data.pseudo import PseudoLabelled
 from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.data.voc import VOC, encode_mask
+from wsss_lib.paths import shipped
+from wsss_lib.training.checkpoints import save_weights
 from wsss_lib.training.engine import TrainConfig
 from wsss_lib.training.fit import fit, freeze, load_trained
 from wsss_lib.training.objectives import OBJECTIVES
@@ -141,6 +143,26 @@ def test_frozen_parameters_stay_and_the_others_move(tree, tmp_path):
     assert not {n for n in same if n.startswith("backbone.blocks.5.attn")}
     with pytest.raises(ValueError, match="freeze: found no parameter whose name begins with 'stem'"):
         freeze(model, ("stem",))
+
+
+def test_shipped_weights_hold_what_changed(tree, tmp_path):
+    base, ship = tmp_path / "toyvit.safetensors", tmp_path / "acr_toyvit.safetensors"
+    base.write_bytes(shipped("checkpoints/toyvit.safetensors").read_bytes())
+    recipe = override(RECIPES["toyvoc/acr"], [*SHORT, "freeze=('backbone.patch_embed', 'backbone.blocks.[0-4]')"])
+    model = fit(recipe, tree, tmp_path / "run", progress=False, ship=ship)
+    names = load_file(ship).keys()
+    assert any(n.startswith("backbone.blocks.5") for n in names)
+    assert not any(n.startswith(("backbone.patch_embed", "backbone.blocks.2")) for n in names)
+    assert ship.stat().st_size < base.stat().st_size / 3
+    loaded, _ = load_trained(ship)
+    assert not loaded.missing_weights
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half().to(value.dtype)), name
+    base.unlink()
+    with pytest.raises(FileNotFoundError, match="toyvit.safetensors: not found"):
+        load_trained(ship)
+    with pytest.raises(ValueError, match="base: found .*, expected a file in the folder of"):
+        save_weights(ship, model, base=tmp_path / "run" / "model.safetensors")
 
 
 def test_masks_are_wanted_or_not(tree, masks, tmp_path):

@@ -50,6 +50,7 @@ def main() -> None:
     p.add_argument("--root", help="the data (default: the cached ToyVOC tree, drawn if it is not there)")
     p.add_argument("--init", help="weights to start from (default: those that ship, or timm's)")
     p.add_argument("--masks", help="folder of pseudo labels, for a recipe that learns from one")
+    p.add_argument("--ship", help="write the weights that differ from the backbone's file into its folder, as this file")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings than the recipe's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")

@@ -103,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     settings = [f"{name}={getattr(args, name)}" for name in ("seed", "workers")]
     recipe = override(find_recipe(args.recipe), [*settings, f"device={args.device}", *args.set])
     root = Path(args.root) if args.root else _default_tree(recipe.data)
-    fit(recipe, root, args.out, args.init or True, args.masks, args.resume)
+    fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship)
     print((Path(args.out) / "model.json").read_text(encoding="utf-8"), end="")
 
 

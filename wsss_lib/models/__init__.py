@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -78,17 +78,13 @@ def create_model(
 def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
     """Fill a model from a safetensors file of its own state dict, half precision or full.
 
+    Where the file's header names a base, a file in the same folder, the tensors that it lacks are the base's.
     The backbone's tensors must all be there, and no others. A head's tensor is left alone where the file has
     none or one for another number of classes; see `missing_weights` and `unused_weights`, which this sets.
     Raises FileNotFoundError; ValueError that names file, tensor, found and expected shape.
     """
     file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found, expected a safetensors file of weights")
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: found no safetensors file ({error})") from error
+    stored = _stored(file)
     if hasattr(model, "adapt_weights"):  # WeakTr: one class token in the file, one per class in the model
         stored = model.adapt_weights(stored)
     own = model.state_dict()
@@ -104,6 +100,19 @@ def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
     model.load_state_dict(loaded, strict=False)
     model.missing_weights = [name for name in own if name not in loaded]
     model.unused_weights = sorted(stored.keys() - loaded.keys())
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, and those that only its base has."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found, expected a safetensors file of weights")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            base = (opened.metadata() or {}).get("base")
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: found no safetensors file ({error})") from error
+    return tensors if base is None else {**_stored(file.parent / base), **tensors}
 
 
 def _check_backbone(file: Path, stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:

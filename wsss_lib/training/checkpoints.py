@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -107,18 +107,28 @@ def save_weights(
     model: nn.Module,
     dtype: torch.dtype = torch.float16,
     metadata: dict[str, Any] | None = None,
+    base: str | Path | None = None,
 ) -> None:
     """Write the model's state dict under its own names, floating point as `dtype`, for shipping.
 
     metadata: stored in the header; what is not a string is stored as its JSON.
-    Raises ValueError, naming file and tensor, where a finite weight is out of the range of `dtype`.
+    base: a file of weights in the folder of `path`; tensors that are the same there, frozen ones, are left out, and
+    the header names the base. `models.load_weights` reads the two as one.
+    Raises ValueError, naming file and tensor, where a finite weight is out of the range of `dtype`, and for a base
+    in another folder.
     """
-    tensors = {}
+    tensors, there = {}, {}
+    if base is not None:
+        if Path(base).resolve().parent != Path(path).resolve().parent:
+            raise ValueError(f"base: found {base}, expected a file in the folder of {path}")
+        there, metadata = load_file(base), {**(metadata or {}), "base": Path(base).name}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if tensor.is_floating_point() and (tensor.isfinite() & ~tensors[name].isfinite()).any():
             largest = tensor.abs().max().item()
             raise ValueError(f"{path}: tensor {name}: found a weight of {largest:g}, too large for {dtype}")
+        if name in there and torch.equal(tensors[name], there[name].to(tensors[name].dtype)):
+            del tensors[name]
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     _write(path, tensors, header)
 

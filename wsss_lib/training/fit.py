@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,12 +29,14 @@ def fit(
     masks: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
+    ship: str | Path | None = None,
 ) -> nn.Module:
     """Train the recipe's network on the pictures below `root`; return it, in eval mode.
 
     out: folder for checkpoint and log (see `engine.train`), `model.safetensors` and its record `model.json`.
     init: weights to start from, as `create_model`'s `pretrained`. masks: the folder of pseudo labels, for the
-    recipes that learn from one. The recipe's config has seed, device and workers.
+    recipes that learn from one. The recipe's config has seed, device and workers. ship: a further file for the
+    weights, beside the backbone's own, which then holds only what the training changed.
     Raises ValueError where masks are missing or not wanted, and as `create_model`, `VOC` and `train`.
     """
     if recipe.pseudo_labels != (masks is not None):
@@ -54,13 +55,16 @@ def fit(
     last = train(model, batches, objective, recipe.config, out, resume, progress=progress)[-1]
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
-        "recipe": as_record(replace(recipe)), "init": init if isinstance(init, bool) else Path(init).name,
+        "recipe": as_record(recipe), "init": init if isinstance(init, bool) else Path(init).name,
         "masks": None if masks is None else Path(masks).name,
         "command": command_line(), "commit": current_commit(),
     }
-    weights = Path(out, "model.safetensors")
-    save_weights(weights, model)
-    weights.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    files = {Path(out, "model.safetensors"): None}
+    if ship is not None:
+        files[Path(ship)] = Path(ship).with_name(f"{recipe.backbone}.safetensors")
+    for file, base in files.items():
+        save_weights(file, model, base=base)
+        file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return model
 
 
