@@ -42,8 +42,8 @@ class Recipe:
 # wherever the loss reads attention: its tape sees the fused call only.
 RECIPES: dict[str, Recipe] = {
     "toyvoc/weaktr": Recipe(
-        "weaktr", "toyvoc", TrainConfig(600, lr=3e-4, weight_decay=0.03, plain_attention=False),
-        network={"reduction": 2},
+        "weaktr", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.03, plain_attention=False),
+        network={"reduction": 2}, freeze=("backbone.patch_embed",),
     ),
     "toyvoc/segmenter": Recipe(
         "segmenter", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
