@@ -3,12 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from wsss_lib import create_model
-from wsss_lib.localization import affinity_cam
-from wsss_lib.refinement import propagated_labels, reliable_labels
-from wsss_lib.training.losses import affinity_labels, affinity_loss, balanced_segmentation_loss, consistency_loss
-from wsss_lib.training.objectives import AcrObjective, AfaObjective, RetrainingObjective
+from wsss_lib.localization import affinity_cam, getam
+from wsss_lib.refinement import ContrastSaliency, complete_labels, propagated_labels, reliable_labels, scored_maps
+from wsss_lib.training.losses import (
+    affinity_labels,
+    affinity_loss,
+    balanced_segmentation_loss,
+    consistency_loss,
+    dense_energy_loss,
+    saliency_loss,
+)
+from wsss_lib.training.objectives import AcrObjective, AfaObjective, GetamObjective, RetrainingObjective
 
 BOXES = torch.tensor([[0, 0, 32, 48], [8, 4, 32, 44]])
 
@@ -55,6 +63,35 @@ def test_afa_trains_in_half_precision(afa, batch):
     with torch.autocast("cpu", torch.bfloat16):
         losses = AfaObjective(0, 0, radius=2)(afa.train(), batch, 0)
     assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+
+
+def test_getam_makes_its_labels_and_learns_from_them(batch):
+    torch.manual_seed(0)
+    model = create_model("getam", "toyvit", num_classes=5, pretrained=False).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    objective = GetamObjective(1, start_layer=2, cut=0.8, opening=2, energy_weight=1e-3)
+    assert objective(model, batch, 0).keys() == {"class"}
+    losses = objective(model, batch, 1)
+    assert all(p.grad is None for p in model.parameters()) and model.training  # maps leave no trace
+    maps = getam(model.eval(), batch["image"], batch["labels"], 2)
+    scores = scored_maps(maps, batch["labels"], images=batch["image_uint8"], refine="pamr")
+    saliency = ContrastSaliency()(batch)
+    masks = complete_labels(scores, batch["labels"], saliency, 0.8, opening=2).masks
+    assert masks[0].unique().numel() > 1
+    masks[1, :8] = masks[1, :, :4] = masks[1, :, 44:] = 255  # outside of the second box
+    out = model.forward_segmentation(batch["image"])
+    expected = {
+        "class": F.multilabel_soft_margin_loss(out.logits, batch["labels"]),
+        "segmentation": balanced_segmentation_loss(out.segmentation, masks),
+        "saliency": saliency_loss(out.segmentation, saliency),
+        "energy": dense_energy_loss(out.segmentation, batch["image_uint8"], masks, BOXES, weight=1e-3),
+    }
+    for name, value in expected.items():  # float32; without dropout the mode makes no difference
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith(("decoder.head", "classifier")))
 
 
 def test_acr_hands_its_options_on(batch):

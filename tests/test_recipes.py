@@ -116,7 +116,7 @@ def test_the_engine_multiplies_the_rate_by_the_groups_factor(tree, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_recipe_trains_saves_and_loads(name, tree, masks, tmp_path):
-    settings = [*SHORT, "loss.classify_until=1"] if name.endswith("afa") else SHORT
+    settings = [*SHORT, "loss.classify_until=1"] if name.endswith(("afa", "getam")) else SHORT
     recipe = override(RECIPES[name], settings)
     folder = masks if recipe.pseudo_labels else None
     init = recipe.backbone == "toyvit"

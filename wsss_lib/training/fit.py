@@ -48,7 +48,7 @@ def fit(
     data = VOC(root, "train")
     data = data if masks is None else PseudoLabelled(data, masks)
     transform = TrainTransform(
-        recipe.crop_size, recipe.scale_range, color_jitter=recipe.color_jitter, keep_uint8=recipe.method == "afa",
+        recipe.crop_size, recipe.scale_range, color_jitter=recipe.color_jitter, keep_uint8=recipe.method in ("afa", "getam"),
         mean=model.data_config["mean"], std=model.data_config["std"])
     batches = Batches(data, transform, recipe.batch_size, recipe.config.seed)
     objective = OBJECTIVES[recipe.method](**recipe.loss)

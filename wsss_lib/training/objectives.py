@@ -8,19 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.sample import IGNORE
-from ..localization import affinity_cam
-from ..refinement import propagated_labels, reliable_labels
+from ..localization import affinity_cam, getam
+from ..localization.cam import eval_mode
+from ..refinement import (
+    CompletedLabels,
+    ContrastSaliency,
+    FolderSaliency,
+    complete_labels,
+    propagated_labels,
+    reliable_labels,
+    scored_maps,
+)
 from .losses import (
     affinity_labels,
     affinity_loss,
     balanced_segmentation_loss,
     classification_loss,
     consistency_loss,
+    dense_energy_loss,
     gradient_clipping_loss,
+    saliency_loss,
     weaktr_loss,
 )
 
@@ -96,11 +108,61 @@ class AfaObjective:
         }
 
 
+@dataclass(frozen=True)
+class GetamObjective:
+    """GETAM end to end (arXiv 2112.02841, section 3): two backward passes a step, one for maps, one to learn.
+
+    Until step `classify_until` (half of the steps, as published) the class loss alone. From there each step first
+    makes its labels: `getam` by gradients of the class logits, which change no weight, PAMR, and label completion
+    with a saliency map. Then the network is run again and learns from class, segmentation (background and
+    foreground apart), saliency and dense energy. What lies outside of a picture's box teaches nothing.
+    folder: of saliency maps, see `FolderSaliency`; None: the contrast of each picture. start_layer, cut, opening,
+    published: as of `getam`, `complete_labels` and `dense_energy_loss`.
+    batch: image, labels, box, name and image_uint8.
+    """
+
+    classify_until: int
+    start_layer: int | None = None
+    cut: float = 0.9
+    opening: int = 10
+    energy_weight: float = 1e-7
+    folder: str | None = None
+    published: bool = False
+
+    def __call__(self, model: nn.Module, batch: dict, step: int) -> Losses:
+        labels = batch["labels"]
+        if step < self.classify_until:
+            return {"class": F.multilabel_soft_margin_loss(model(batch["image"]).float(), labels)}
+        masks, saliency = self.labels_of(model, batch)
+        out = model.forward_segmentation(batch["image"])
+        pictures = batch["image_uint8"], masks, batch["box"]
+        return {
+            "class": F.multilabel_soft_margin_loss(out.logits.float(), labels),
+            "segmentation": balanced_segmentation_loss(out.segmentation, masks),
+            "saliency": saliency_loss(out.segmentation, saliency),
+            "energy": dense_energy_loss(out.segmentation, *pictures, weight=self.energy_weight, published=self.published),
+        }
+
+    def labels_of(self, model: nn.Module, batch: dict) -> CompletedLabels:
+        """The masks of this step, 255 outside of the boxes, and the saliency for its loss."""
+        images, labels = batch["image_uint8"], batch["labels"]
+        source = ContrastSaliency() if self.folder is None else FolderSaliency(self.folder)
+        with eval_mode(model):  # maps without dropout; weights keep their gradients of before
+            maps = getam(model, batch["image"], labels, self.start_layer)
+        scores = scored_maps(maps, labels, images=images, refine="pamr")
+        found = complete_labels(scores, labels, source(batch), self.cut, opening=self.opening, published=self.published)
+        inside = torch.zeros_like(found.masks, dtype=torch.bool)
+        for picture, (y0, x0, y1, x1) in zip(inside, batch["box"].tolist()):
+            picture[y0:y1, x0:x1] = True
+        return CompletedLabels(found.masks.masked_fill(~inside, IGNORE), found.saliency)
+
+
 # A method's name -> what makes its objective from the recipe's `loss` options.
 OBJECTIVES: dict[str, Callable[..., Callable[[nn.Module, dict, int], Losses]]] = {
     "cam": lambda: classification_loss,
     "weaktr": lambda: weaktr_loss,
     "acr": AcrObjective,
     "afa": AfaObjective,
+    "getam": GetamObjective,
     "segmenter": RetrainingObjective,
 }

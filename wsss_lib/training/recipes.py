@@ -52,13 +52,22 @@ RECIPES: dict[str, Recipe] = {
     ),
     "toyvoc/afa": Recipe(
         "afa", "toyvoc",
-        TrainConfig(700, lr=1e-3, weight_decay=0.01, schedule="poly", warmup=50, plain_attention=False,
+        TrainConfig(500, lr=1e-3, weight_decay=0.01, schedule="poly", warmup=50, plain_attention=False,
                     lr_factors={"backbone": 0.1}),
-        backbone="toymit",
-        # the stages of the published 2,000 + 4,000 + 14,000 steps; a quarter of the grid's side
-        loss={"classify_until": 200, "propagate_from": 400, "radius": 4},
+        backbone="toymit", batch_size=8,
+        # the three stages of the published run, the last one shorter; a quarter of the grid's side
+        loss={"classify_until": 200, "propagate_from": 300, "radius": 4},
     ),
-    "toyvoc/acr": Recipe("acr", "toyvoc", TrainConfig(400, lr=3e-4, weight_decay=0.03, plain_attention=False)),
+    "toyvoc/getam": Recipe(
+        "getam", "toyvoc",
+        TrainConfig(400, lr=1e-3, weight_decay=0.01, schedule="poly", power=0.9, warmup=50, plain_attention=False,
+                    lr_factors={"backbone": 0.1}),
+        # half of the steps, as published; an opening of 10 belongs to pictures of 256 pixels
+        batch_size=8, loss={"classify_until": 200, "opening": 4},
+    ),
+    "toyvoc/acr": Recipe(
+        "acr", "toyvoc", TrainConfig(300, lr=3e-4, weight_decay=0.03, plain_attention=False), batch_size=8,
+    ),
 }
 
 
