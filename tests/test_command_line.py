@@ -191,7 +191,7 @@ def test_afa_is_trained_and_scored(run, tree, tmp_path):
         "--methods", "afa_cam", "affinity", "segmentation", "--refine", "none", "par")
     found = json.loads(results.read_text())
     assert {"afa_cam", "afa_cam+par", "affinity", "affinity+par", "segmentation"} <= found.keys()
-    assert found["affinity"]["options"]["radius"] == 4  # the recipe's
+    assert found["affinity"]["options"]["radius"] == 3  # the recipe's
 
 
 def test_saliency_is_scored_beside_its_baselines(run, tree, tmp_path, capsys):

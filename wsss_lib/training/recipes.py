@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
                     lr_factors={"backbone": 0.1}),
         backbone="toymit", batch_size=8,
         # the three stages of the published run, the last one shorter; a quarter of the grid's side
-        loss={"classify_until": 200, "propagate_from": 300, "radius": 4},
+        loss={"classify_until": 200, "propagate_from": 300, "radius": 3},
     ),
     "toyvoc/getam": Recipe(
         "getam", "toyvoc",
@@ -66,7 +66,9 @@ RECIPES: dict[str, Recipe] = {
         batch_size=8, loss={"classify_until": 200, "opening": 4},
     ),
     "toyvoc/acr": Recipe(
-        "acr", "toyvoc", TrainConfig(300, lr=3e-4, weight_decay=0.03, plain_attention=False), batch_size=8,
+        "acr", "toyvoc",
+        TrainConfig(300, lr=3e-4, weight_decay=0.03, plain_attention=False, lr_factors={"classifier": 10.0}),
+        batch_size=8,
     ),
 }
 
