@@ -178,6 +178,9 @@ def test_a_crf_refines_the_masks_of_both_thresholds(model, data, maps, result):
         assert found[name]["background"] == result[name]["background"]
         masks = crf_labels(predictions(data, maps, found[name]["background"]), data.labels, images)
         expected = evaluate(masks, stacked(data, "mask")).miou
+        again = report(model, data, background=FIXED, refine="crf", split=localize_split(model, data, batch_size=4, **QUIET),
+                       **QUIET)
+        assert again[name] == found[name] and again["coverage"] == found["coverage"]
         assert found[name]["miou"] == pytest.approx(expected, abs=1e-4) != result[name]["miou"]
 
 

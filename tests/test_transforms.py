@@ -5,7 +5,7 @@ import torch
 from torchvision import tv_tensors
 
 from wsss_lib.data.sample import Sample
-from wsss_lib.data.transforms import EvalTransform, TrainTransform, collate, scaled_views
+from wsss_lib.data.transforms import ClassificationTransform, EvalTransform, TrainTransform, collate, scaled_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -71,6 +71,31 @@ def test_mask_and_picture_stay_aligned_under_rescale():
         # At an edge the nearest pixel holds the bigger share of the blend, so picture and mask are on the
         # same side of it, and half the difference of the neighbours (1 across, 4 down) bounds the error.
         assert (picture[0] - 8.0 * out["mask"])[valid].abs().max() <= 8 * 5 / 2 + 2
+
+
+def test_long_side_comes_before_the_scale():
+    """A picture of 20x40 pixels, long side 80, then half: 20x40 again, so the crop of 40 holds all of it."""
+    sample = blocks(20, 40)
+    out = TrainTransform(40, scale_range=(0.5, 0.5), long_side=(80, 80))(sample)
+    y0, x0, y1, x1 = out["box"].tolist()
+    assert (y1 - y0, x1 - x0) == (20, 40)
+    sizes = {tuple((b[2:] - b[:2]).tolist()) for b in
+             (TrainTransform(90, scale_range=(1, 1), long_side=(60, 90))(sample)["box"] for _ in range(20))}
+    assert len(sizes) > 3 and all(60 <= w <= 90 and h in (w // 2, (w + 1) // 2) for h, w in sizes)
+
+
+def test_classification_transform_is_seeded_by_torch_and_refuses_truths():
+    sample = blocks()
+    bare = Sample("a", sample.image, sample.labels)
+    transform = ClassificationTransform(32, MEAN, STD)
+    views = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        views.append(transform(bare)["image"])
+    assert views[0].shape == (3, 32, 32) and torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    assert transform(bare).keys() == TrainTransform(32)(bare).keys()
+    with pytest.raises(ValueError, match=r"sample .*: found \['mask'"):
+        transform(sample)
 
 
 def test_flip_is_joint_and_optional():
@@ -218,6 +243,7 @@ def test_scaled_views_interpolate_as_documented():
         (lambda: TrainTransform(0), "crop_size"),
         (lambda: TrainTransform(32.5), "crop_size"),
         (lambda: TrainTransform(32, scale_range=(2.0, 0.5)), "scale_range"),
+        (lambda: TrainTransform(32, long_side=(2.0, 0.5)), "long_side"),
         (lambda: TrainTransform(32, scale_range=(0.0, 1.0)), "scale_range"),
         (lambda: TrainTransform(32, scale_range=(1.0,)), "scale_range"),
         (lambda: TrainTransform(32, flip=1.5), "flip"),

@@ -164,7 +164,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .data.sample import TRUTHS
     from .data.voc import VOC
     from .ledgers import add_row, study_row, write_results
-    from .reports import MAPS, report
+    from .reports import MAPS, localize_split, report
     from .segmentation import segmentation_report
 
     _check_device(args.device)
@@ -177,11 +177,12 @@ def evaluate(args: argparse.Namespace) -> None:
         if method == "segmentation":
             result[method] = segmentation_report(model, data, **options)
             continue
+        of_map = {"power": 1., **options, **_map_options(method, record)}
+        split = localize_split(model, data, **of_map)
         for refine in args.refine:
             name = method if refine == "none" else f"{method}+{refine}"
-            result[name] = report(model, data, background=args.background,
-                                  refine=None if refine == "none" else refine,
-                                  **{"power": 1., **options, **_map_options(method, record)})
+            result[name] = report(model, data, background=args.background, split=split,
+                                  refine=None if refine == "none" else refine, **of_map)
     if args.results:
         write_results(args.results, result)
     if args.study:

@@ -142,16 +142,19 @@ def _rounded(value: float) -> float | None:
 
 
 def report(model: nn.Module, data, method: str = "cam", background: float = FIXED_BACKGROUND,
-           progress: bool = True, **options) -> dict:
+           progress: bool = True, split: LocalizedSplit | None = None, **options) -> dict:
     """Score a model's maps on a split of ToyVOC opened with all truths: plain numbers, ready for JSON.
 
     best: the threshold that maximises mIoU on this very split, an oracle; fixed: the one given. Coverage and
     context activation are measured at the best threshold, where the labels are at their most complete. None
     stands where there was no pixel to measure. options: as of `localize_split`. With refine="crf" both thresholds
     are those of the masks that go into the CRF, and the scores those of the masks that come out.
+    split: what `localize_split` made of the same arguments but for refine; the network then need not run again.
     """
     started = time.perf_counter()
-    split = localize_split(model, data, method, progress=progress, **options)
+    if split is None:
+        split = localize_split(model, data, method, progress=progress, **options)
+    split = replace(split, refine=options.get("refine"))
     sweep = sweep_thresholds(split)
     best = sweep.best(split.name)
     thresholds, miou = sweep.curve()

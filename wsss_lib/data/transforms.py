@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as nnF
+from timm.data import create_transform
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -20,7 +23,8 @@ class TrainTransform:
     """Random rescale, flip, colour jitter and crop: Sample -> dict.
 
     crop_size: side S of the square crop in pixels. A smaller picture is padded, at a random offset.
-    scale_range: the scale is uniform between the two. flip: the probability of a mirror image.
+    scale_range: the scale is uniform between the two. long_side (pixels): the picture is first brought to a
+    longer side that is uniform between the two; None: it stays. flip: the probability of a mirror image.
     color_jitter: (brightness, contrast, saturation, hue) as for torchvision's ColorJitter, or None.
     mean, std: of the normalisation, for values in [0, 1].
 
@@ -43,8 +47,11 @@ class TrainTransform:
         mean: Sequence[float] = HALF,
         std: Sequence[float] = HALF,
         keep_uint8: bool = False,
+        long_side: tuple[float, float] | None = None,
     ) -> None:
         _check_positive("crop_size", crop_size)
+        if long_side is not None and not (len(long_side) == 2 and 0 < long_side[0] <= long_side[1]):
+            raise ValueError(f"long_side: found {long_side}, expected 0 < low <= high")
         if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1] < float("inf"):
             raise ValueError(f"scale_range: found {scale_range}, expected 0 < low <= high")
         if not 0 <= flip <= 1:
@@ -54,11 +61,13 @@ class TrainTransform:
         _check_statistics(mean, std)
         self.crop_size, self.scale_range, self.flip = crop_size, tuple(scale_range), flip
         self.jitter = None if color_jitter is None else v2.ColorJitter(*color_jitter)
-        self.mean, self.std, self.keep_uint8 = list(mean), list(std), keep_uint8
+        self.mean, self.std, self.keep_uint8, self.long_side = list(mean), list(std), keep_uint8, long_side
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
         height, width = sample.image.shape[-2:]
         scale = _uniform(*self.scale_range)
+        if self.long_side is not None:
+            scale *= _uniform(*self.long_side) / max(height, width)
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         mirrored = _uniform(0, 1) < self.flip
         source_y, target_y, rows = self._place(size[0])
@@ -92,6 +101,32 @@ class TrainTransform:
         room = length - self.crop_size
         offset = int(torch.randint(abs(room) + 1, ()))
         return (offset, 0, self.crop_size) if room >= 0 else (0, offset, length)
+
+
+class ClassificationTransform:
+    """timm's training transform, for pictures with image-level labels alone: Sample -> dict.
+
+    RandAugment, random resized crop, mirror image, colour jitter and random erasing, as DeiT is trained (Touvron et
+    al. 2021, arXiv 2012.12877) and WeakTr after it. crop_size, mean, std: as of TrainTransform. Returns image
+    (3, S, S) normalised, labels, name, and box, the whole crop. Truths do not follow: ValueError for a sample that
+    has one.
+    """
+
+    def __init__(self, crop_size: int, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
+        self.crop_size = crop_size
+        self.transform = create_transform(
+            crop_size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25,
+            interpolation="bicubic", mean=tuple(mean), std=tuple(std))
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        if sample.truths():
+            raise ValueError(f"sample {sample.name}: found {sorted(sample.truths())}, expected labels alone")
+        # timm draws from Python's and numpy's generators: their seeds come from torch's, as all chance here.
+        random.seed(int(torch.randint(2**31, ())))
+        np.random.seed(int(torch.randint(2**31, ())))
+        picture = self.transform(F.to_pil_image(sample.image))
+        box = torch.tensor([0, 0, self.crop_size, self.crop_size])
+        return {"image": picture, "labels": sample.labels, "name": sample.name, "box": box}
 
 
 class EvalTransform:

@@ -37,7 +37,8 @@ class TrainConfig:
     """Settings of a run. lr is the peak rate, warmup in steps.
 
     optimizer: "adamw" (betas) or "sgd" (momentum). lr_factors: of parameters by name, as of `make_optimizer`.
-    schedule: "cosine", down to final_lr, a factor of lr; or "poly" with `power`, down to almost 0.
+    schedule: down to final_lr, a factor of lr, by "cosine" or "poly" with `power` (published: its jump, see
+    `warmup_poly`). From step late_from on the rate is multiplied by late_factor.
     bf16: autocast on cuda and cpu (other devices train in float32). clip: largest gradient norm, 0 for none.
     workers: processes that prepare batches, 0 for the training process. save_every, log_every: in steps.
     plain_attention: on the CPU, use the context manager of that name; False for a loss that needs the fused
@@ -63,6 +64,9 @@ class TrainConfig:
     schedule: str = "cosine"
     power: float = 1.0
     lr_factors: dict[str, float] = field(default_factory=dict)
+    late_from: int | None = None
+    late_factor: float = 1.0
+    published: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..data.batches import Batches
+from ..data.coco import COCO
 from ..data.pseudo import PseudoLabelled
-from ..data.transforms import TrainTransform
+from ..data.sample import Sample
+from ..data.transforms import ClassificationTransform, TrainTransform
 from ..data.voc import VOC
 from ..models import create_model
 from ..ledgers import command_line, current_commit
@@ -43,19 +46,16 @@ def fit(
         found, expected = ("none", "a folder of pseudo labels") if masks is None else (masks, "none")
         raise ValueError(f"masks: found {found}, expected {expected} for the method {recipe.method}")
     torch.manual_seed(recipe.config.seed)  # the new heads' first weights
-    model = create_model(recipe.method, recipe.backbone, pretrained=init, **recipe.network)
+    data = training_data(recipe.data, root)
+    model = create_model(recipe.method, recipe.backbone, data.num_classes, init, **recipe.network)
     freeze(model, recipe.freeze)
-    data = VOC(root, "train")
     data = data if masks is None else PseudoLabelled(data, masks)
-    transform = TrainTransform(
-        recipe.crop_size, recipe.scale_range, color_jitter=recipe.color_jitter, keep_uint8=recipe.method in ("afa", "getam"),
-        mean=model.data_config["mean"], std=model.data_config["std"])
-    batches = Batches(data, transform, recipe.batch_size, recipe.config.seed)
+    batches = Batches(data, make_transform(recipe, model), recipe.batch_size, recipe.config.seed)
     objective = OBJECTIVES[recipe.method](**recipe.loss)
     last = train(model, batches, objective, recipe.config, out, resume, progress=progress)[-1]
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
-        "recipe": as_record(recipe), "init": init if isinstance(init, bool) else Path(init).name,
+        "recipe": as_record(recipe), "num_classes": model.num_classes, "init": init if isinstance(init, bool) else Path(init).name,
         "masks": None if masks is None else Path(masks).name,
         "command": command_line(), "commit": current_commit(),
     }
@@ -66,6 +66,23 @@ def fit(
         save_weights(file, model, base=base)
         file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return model
+
+
+def training_data(name: str, root: str | Path) -> VOC | COCO:
+    """The pictures that are trained on, with image-level labels alone: of "toyvoc", "voc12" or "coco14"."""
+    if name == "coco14":
+        return COCO(root, "train")
+    return VOC(root, "train" if name == "toyvoc" else "train_aug")
+
+
+def make_transform(recipe: Recipe, model: nn.Module) -> Callable[[Sample], dict]:
+    """The recipe's augmentation, normalised as the network's backbone expects."""
+    mean, std = model.data_config["mean"], model.data_config["std"]
+    if recipe.augment == "classification":
+        return ClassificationTransform(recipe.crop_size, mean, std)
+    return TrainTransform(
+        recipe.crop_size, recipe.scale_range, color_jitter=recipe.color_jitter, mean=mean, std=std,
+        keep_uint8=recipe.method in ("afa", "getam"), long_side=recipe.long_side)
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
@@ -90,8 +107,9 @@ def load_trained(weights: str | Path) -> tuple[nn.Module, dict]:
         raise FileNotFoundError(f"{file}: not found, expected the record that was written beside {weights}")
     record = json.loads(file.read_text(encoding="utf-8"))
     try:
-        recipe = record["recipe"]
+        recipe, classes = record["recipe"], record["num_classes"]
         method, backbone, network = (recipe[name] for name in ("method", "backbone", "network"))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: found no recipe with method, backbone and network, expected one") from error
-    return create_model(method, backbone, pretrained=weights, **network).eval(), record
+        raise ValueError(f"{file}: found no num_classes and recipe with method, backbone, network, expected "
+                         "both") from error
+    return create_model(method, backbone, classes, weights, **network).eval(), record

@@ -53,7 +53,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate at `step` (0-based) of config.steps, before a group's factor: see `schedules`."""
-    if config.schedule == "poly":
-        return config.lr * warmup_poly(step, config.steps, config.warmup, config.power)
-    return config.lr * warmup_cosine(step, config.steps, config.warmup, config.final_lr)
+    """The rate at `step` (0-based) of config.steps, before a group's factor: see `schedules` and `TrainConfig`."""
+    late = config.late_factor if config.late_from is not None and step >= config.late_from else 1.0
+    if config.schedule == "cosine":
+        return config.lr * late * warmup_cosine(step, config.steps, config.warmup, config.final_lr)
+    factor = warmup_poly(step, config.steps, config.warmup, config.power, published=config.published)
+    return config.lr * late * (config.final_lr + (1 - config.final_lr) * factor)

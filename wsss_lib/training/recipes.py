@@ -1,7 +1,11 @@
 """Recipes: for each method and data set all that a training run depends on, by name.
 
 A recipe is data. `training.fit` turns it into a network, batches and an objective; `override` changes single
-settings of one, as `python -m wsss_lib train --set key=value` does.
+settings of one, as `python -m wsss_lib train --set key=value` does. The recipes of voc12 and coco14 are the
+papers'; those of toyvoc are ours, for minutes on a laptop, and stand in `toy_recipes`.
+
+Sources: GETAM (arXiv 2112.02841), WeakTr (arXiv 2304.01184), AFA (arXiv 2203.02664) and ACR (arXiv 2308.04321),
+their experiments' sections and published code. Epochs are turned into steps with the pictures that there are.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from .engine import TrainConfig
 class Recipe:
     """A training run.
 
-    method, network: the arguments of `create_model`. data: "toyvoc". loss: fields of the method's objective
-    (`objectives.OBJECTIVES`). crop_size (pixels), scale_range, color_jitter: of `TrainTransform`.
+    method, backbone, network: the arguments of `create_model`. data: "toyvoc", "voc12" or "coco14". loss: fields of
+    the method's objective (`objectives.OBJECTIVES`). augment: "crop", of `TrainTransform`, with crop_size (pixels),
+    scale_range, long_side and color_jitter; or "classification", of `ClassificationTransform`.
     freeze: regular expressions; parameters whose names begin with one stay as they are.
     pseudo_labels: True where the masks of a folder are learned from. config: of the training loop.
     """
@@ -30,7 +35,9 @@ class Recipe:
     batch_size: int = 16
     crop_size: int = 112
     scale_range: tuple[float, float] = (1.0, 1.25)
+    long_side: tuple[float, float] | None = None
     color_jitter: tuple[float, float, float, float] | None = (0.2, 0.2, 0.2, 0.0)
+    augment: str = "crop"
     backbone: str = "toyvit"
     network: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
@@ -38,46 +45,97 @@ class Recipe:
     pseudo_labels: bool = False
 
 
-# On ToyVOC the backbone has seen the drawn classes in pretraining, so short runs do. plain_attention is off
-# wherever the loss reads attention: its tape sees the fused call only.
-RECIPES: dict[str, Recipe] = {
-    "toyvoc/weaktr": Recipe(
-        "weaktr", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.03, plain_attention=False),
-        network={"reduction": 2}, freeze=("backbone.patch_embed",),
-    ),
-    "toyvoc/segmenter": Recipe(
-        "segmenter", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
-        # 1.2 of ln 21 = 3.04, and a quarter of the crop's side, as published for 480 pixels
-        loss={"start": 1.2, "patch": 28}, pseudo_labels=True,
-    ),
-    "toyvoc/afa": Recipe(
-        "afa", "toyvoc",
-        TrainConfig(500, lr=1e-3, weight_decay=0.01, schedule="poly", warmup=50, plain_attention=False,
-                    lr_factors={"backbone": 0.1}),
-        backbone="toymit", batch_size=8,
-        # the three stages of the published run, the last one shorter; a quarter of the grid's side
-        loss={"classify_until": 200, "propagate_from": 300, "radius": 3},
-    ),
-    "toyvoc/getam": Recipe(
-        "getam", "toyvoc",
-        TrainConfig(400, lr=1e-3, weight_decay=0.01, schedule="poly", power=0.9, warmup=50, plain_attention=False,
-                    lr_factors={"backbone": 0.1}),
-        # half of the steps, as published; an opening of 10 belongs to pictures of 256 pixels
-        batch_size=8, loss={"classify_until": 200, "opening": 4},
-    ),
-    "toyvoc/acr": Recipe(
-        "acr", "toyvoc",
-        TrainConfig(300, lr=3e-4, weight_decay=0.03, plain_attention=False, lr_factors={"classifier": 10.0}),
-        batch_size=8,
-    ),
-}
+PICTURES = {"voc12": 10_582, "coco14": 82_081}  # train_aug; train with at least one label
+CROP = {"color_jitter": None, "scale_range": (0.5, 2.0)}
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of a name such as "toyvoc/afa"; ValueError for an unknown one."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe: found {name!r}, expected one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+def _epochs(data: str, epochs: int, batch_size: int) -> int:
+    return epochs * (PICTURES[data] // batch_size)
+
+
+def getam(data: str, published: bool = False) -> Recipe:
+    """GETAM end to end: 20 epochs, the second half with labels of the network's own, at a tenth of the rate.
+
+    published: weight decay in the place of SGD's momentum, which is what the published optimiser does with it.
+    """
+    steps, decay = _epochs(data, 20, 4), 5e-4
+    config = TrainConfig(
+        steps, lr=0.04, optimizer="sgd", momentum=decay if published else 0.0, weight_decay=0.0 if published else decay,
+        schedule="poly", power=0.9, final_lr=0.0, warmup=0, clip=0.0, plain_attention=False, late_from=steps // 2, late_factor=0.1)
+    cut = {"voc12": 0.9, "coco14": 0.95}[data]
+    return Recipe(
+        "getam", data, config, batch_size=4, crop_size=256, scale_range=(1.0, 1.0), long_side=(230, 292),
+        color_jitter=None, backbone="vit_base_r50_s16_384", network={"published": published},
+        loss={"classify_until": steps // 2, "cut": cut, "start_layer": 6, "published": published})
+
+
+def afa(data: str, published: bool = False) -> Recipe:
+    """AFA end to end: classes, then affinity and masks of refined maps, then masks of propagated ones.
+
+    Heads at ten times the encoder's rate, its norms frozen. The published segmentation head has batch norm and its
+    schedule a jump after the warm-up; published=True has both."""
+    voc = data == "voc12"
+    config = TrainConfig(
+        20_000 if voc else 80_000, lr=6e-4, weight_decay=0.01, betas=(0.9, 0.999), schedule="poly", power=1.0, final_lr=0.0,
+        warmup=1500, clip=0.0, plain_attention=False, lr_factors={"backbone": 0.1}, published=published)
+    stages = (2_000, 6_000) if voc else (5_000, 15_000)
+    loss = {"classify_until": stages[0], "propagate_from": stages[1], "num_iter": 10 if voc else 15}
+    return Recipe("afa", data, config, batch_size=8, crop_size=512, long_side=(512, 2048), backbone="mit_b1",
+                  network={"published": published}, loss=loss, freeze=("backbone.*norm",), **CROP)
+
+
+def weaktr(data: str, published: bool = False) -> Recipe:
+    """WeakTr's first stage: class tokens, coarse map and fusion; 60 epochs of timm's augmentation at 224 pixels."""
+    epoch, lr = PICTURES[data] // 64, {"voc12": 6e-4, "coco14": 2e-4}[data] * 64 / 512
+    config = TrainConfig(60 * epoch, lr=lr, weight_decay=0.03, betas=(0.9, 0.999), warmup=5 * epoch, final_lr=1e-5 / lr if lr > 1e-5 else 1.0,
+                         clip=0.0, plain_attention=False)
+    return Recipe("weaktr", data, config, batch_size=64, crop_size=224, augment="classification",
+                  backbone="deit_small_patch16_224", network={"published": published, "drop_path_rate": 0.1})
+
+
+def segmenter(data: str, published: bool = False) -> Recipe:
+    """WeakTr's second stage: a Segmenter on pseudo labels, its gradients clipped; 100 epochs of 480-pixel crops."""
+    config = TrainConfig(
+        _epochs(data, 100, 4), lr=1e-4, optimizer="sgd", weight_decay=0.0, schedule="poly", power=0.9, final_lr=0.1,
+        warmup=0, clip=0.0, plain_attention=False, lr_factors={"backbone": 0.1})
+    return Recipe("segmenter", data, config, batch_size=4, crop_size=480, backbone="deit_small_patch16_224",
+                  network={"published": published}, loss={"start": 1.2, "patch": 120}, pseudo_labels=True, **CROP)
+
+
+def acr(data: str, published: bool = False) -> Recipe:
+    """ACR: two views, both consistency terms over all blocks; 10 epochs (COCO 5) at 384 pixels.
+
+    The published code has weights of 100 and weight decay in the place of SGD's momentum; the paper 125 for VOC."""
+    decay, weight = 5e-4, 125.0 if data == "voc12" and not published else 100.0
+    config = TrainConfig(
+        _epochs(data, 10 if data == "voc12" else 5, 4), lr=0.05, optimizer="sgd", momentum=decay if published else 0.0,
+        weight_decay=0.0 if published else decay, schedule="poly", power=0.9, final_lr=0.0, warmup=0, clip=0.0,
+        plain_attention=False)
+    return Recipe("acr", data, config, batch_size=4, crop_size=384, scale_range=(1.0, 1.0), long_side=(345, 438),
+                  color_jitter=None, backbone="vit_base_r50_s16_384", network={"published": published},
+                  loss={"region_weight": weight, "affinity_weight": weight})
+
+
+PAPERS = {"getam": getam, "afa": afa, "weaktr": weaktr, "segmenter": segmenter, "acr": acr}
+NAMES = [f"{data}/{method}" for data in ("toyvoc", *PICTURES) for method in PAPERS]
+
+
+def find_recipe(name: str, published: bool = False) -> Recipe:
+    """The recipe of a name such as "toyvoc/afa" or "voc12/getam".
+
+    published: with the defects of the published code (those of a recipe, and its network's and objective's).
+    Raises ValueError for an unknown name, and for published with toyvoc, which no paper has.
+    """
+    data, _, method = name.partition("/")
+    if name not in NAMES:
+        raise ValueError(f"recipe: found {name!r}, expected one of {', '.join(NAMES)}")
+    if data != "toyvoc":
+        return PAPERS[method](data, published)
+    if published:
+        raise ValueError(f"published: found True for {name}, expected False: no paper has ToyVOC")
+    from .toy_recipes import TOY_RECIPES
+
+    return TOY_RECIPES[method]
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
