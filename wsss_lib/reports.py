@@ -41,7 +41,7 @@ MAPS: dict[str, dict] = {
     "weaktr_mean": {"method": "weaktr", "fusion": "mean", "minmax": True},
     "weaktr_random": {"method": "weaktr", "fusion": "random", "minmax": True},
     "weaktr_coarse": {"method": "weaktr", "fusion": "coarse", "minmax": True},
-    "weaktr_class_attention": {"method": "weaktr", "patch_attention": False, "minmax": True},
+    "weaktr_class_attention": {"method": "weaktr", "patch_attention": False, "minmax": True, "power": 1 / 2},
     "acr": {"method": "acr", "minmax": True},
     "acr_gradient": {"method": "acr", "patch_affinity": False, "minmax": True},
     "afa_cam": {"method": "affinity", "walk": False},

@@ -13,7 +13,7 @@ TOY_RECIPES: dict[str, Recipe] = {
         network={"reduction": 2}, freeze=("backbone.patch_embed",),
     ),
     "segmenter": Recipe(
-        "segmenter", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
+        "segmenter", "toyvoc", TrainConfig(400, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
         # 1.2 of ln 21 = 3.04, and a quarter of the crop's side, as published for 480 pixels
         loss={"start": 1.2, "patch": 28}, pseudo_labels=True,
     ),
