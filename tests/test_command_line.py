@@ -83,7 +83,7 @@ def test_help_lists_the_commands(run, capsys):
         run("--help")
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for command in ("toyvoc", "pretrain", "train", "localize", "evaluate"):
+    for command in ("toyvoc", "pretrain", "train", "localize", "evaluate", "predict"):
         assert f"\n    {command} " in said
 
 
@@ -181,6 +181,11 @@ def test_weaktr_from_labels_to_a_retrained_segmenter(run, tree, tmp_path, capsys
     assert 0 <= retrained["segmentation"]["miou"] <= 1 and retrained["mean_average_precision"] is None
     assert "labels none" in capsys.readouterr().out
     assert "masks: found none" in error_of(run, *retrain, "--out", tmp_path / "third")
+
+    predict = "predict", "--images", tree / "JPEGImages", "--out", tmp_path / "mine", "--checkpoint"
+    run(*predict, tmp_path / "second" / "model.safetensors")
+    assert "11 pictures; found" in capsys.readouterr().out and len(list((tmp_path / "mine").iterdir())) == 22
+    assert "model: found WeakTr" in error_of(run, *predict, weights)
 
 
 def test_afa_is_trained_and_scored(run, tree, tmp_path):

@@ -1,5 +1,5 @@
 """Command line, for work that outgrows a notebook:
-`python -m wsss_lib {toyvoc, pretrain, train, localize, evaluate, saliency, bench}`."""
+`python -m wsss_lib {toyvoc, pretrain, train, localize, evaluate, predict, saliency, bench}`."""
 from __future__ import annotations
 
 import argparse
@@ -91,6 +91,16 @@ def main() -> None:
     p.add_argument("--study", help="write a row with training record and scores into this JSON file")
     p.add_argument("--name", help="the row's name")
     p.set_defaults(run=commands.evaluate)
+
+    p = subparsers.add_parser("predict", help=commands.predict.__doc__)
+    p.add_argument("--checkpoint", required=True, help="model.safetensors that `train` wrote, of a network that segments")
+    p.add_argument("--images", required=True, help="folder of pictures")
+    p.add_argument("--out", required=True, help="folder for masks and overlays")
+    p.add_argument("--side", type=int, help="shorter side for the network, in pixels (default: the crops it learned from)")
+    p.add_argument("--scales", nargs="+", type=float, default=[1.0])
+    p.add_argument("--flip", action="store_true")
+    p.add_argument("--device", default="cpu")
+    p.set_defaults(run=commands.predict)
 
     p = subparsers.add_parser("saliency", help=commands.saliency.__doc__)
     p.add_argument("--root", help="VOC tree with masks (default: the shipped ToyVOC)")

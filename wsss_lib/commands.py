@@ -195,6 +195,24 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"{name}, {r['split']}, {r['pictures']} pictures, labels {r['labels']}: {scores}")
 
 
+def predict(args: argparse.Namespace) -> None:
+    """Segment a folder of one's own pictures: colour masks and overlays."""
+    from .data.coco import COCO_CLASSES
+    from .data.voc import VOC_CLASSES
+    from .prediction import predict_folder
+    from .training.fit import load_trained
+    from .viz import class_name
+
+    _check_device(args.device)
+    model, record = load_trained(args.checkpoint)
+    side = args.side or record["recipe"]["crop_size"]
+    counts = predict_folder(model.to(args.device), args.images, args.out, side, args.scales, args.flip)
+    names = COCO_CLASSES if model.num_classes == len(COCO_CLASSES) else VOC_CLASSES
+    classes = sorted({c for count in counts for c in count if c})
+    seen = ", ".join(f"{class_name(c, names)} in {sum(c in count for count in counts)}" for c in classes)
+    print(f"{args.out}: {len(counts)} pictures; found {seen or 'background only'}")
+
+
 def saliency(args: argparse.Namespace) -> None:
     """Score saliency maps, the contrast of each picture or a folder of yours, against the foreground."""
     from .data.voc import VOC
