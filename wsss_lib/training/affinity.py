@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.sample import IGNORE
 from ..refinement.random_walk import radius_mask
+from .distributed import per_count
 
 SAME, DIFFERENT = 1, 0
 
@@ -54,12 +55,11 @@ def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
         found = f"{affinity.dtype} {tuple(affinity.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"affinity, labels: found {found}, expected floating point, both (B, N, N)")
     same, different = labels == SAME, labels == DIFFERENT
-    counts = torch.stack([side.sum() for side in (same, different, labels == IGNORE)]).tolist()
-    if sum(counts) != labels.numel():
+    counts = torch.stack([side.sum() for side in (same, different, labels == IGNORE)])
+    if counts.sum() != labels.numel():
         found = sorted(set(labels.unique().tolist()) - {SAME, DIFFERENT, IGNORE})[:3]
         raise ValueError(f"labels: found values {found}, expected {DIFFERENT}, {SAME} or {IGNORE}")
     with torch.autocast(affinity.device.type, enabled=False):
         affinity = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
-        apart = ((1 - affinity) * same).sum() / (counts[0] + 1)
-        together = (affinity * different).sum() / (counts[1] + 1)
-        return (apart + together) / 2
+        sums = torch.stack([((1 - affinity) * same).sum(), (affinity * different).sum()])
+        return per_count(sums, counts[:2], more=1).sum() / 2

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from wsss_lib.training import checkpoints
+from wsss_lib.training import checkpoints, distributed
 from wsss_lib.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
 
 Batch = dict[str, Any]
@@ -94,7 +94,7 @@ def train(
         randomness is derived from it, e.g. by `step_seed`; workers call it, so it stays off the GPU.
         Pictures are counted as image.shape[0], or as the int batch["pictures"] if there is one.
     loss(model, batch, step) -> dict of named scalars, whose sum is minimised. It runs under bfloat16
-        autocast; the scalars must be float32: compute them from `logits.float()`. Seeded is torch alone.
+        autocast; the scalars must be float32 (or float64): compute them from `logits.float()`. Seeded is torch alone.
     out: folder for `checkpoint.safetensors` (each save_every steps and at the end) and `log.jsonl` (rows).
     resume: go on from the checkpoint in `out` if there is one; a finished run only loads its weights.
     evaluate(model, step) -> numbers for the row, at each save, `step` steps completed, in eval mode.
@@ -109,6 +109,7 @@ def train(
     """
     device = torch.device(config.device)
     model.to(device)
+    forward, main = distributed.objective(model, loss), distributed.rank() == 0
     optimizer = make_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     autocast = config.bf16 and device.type in ("cpu", "cuda")
@@ -123,7 +124,7 @@ def train(
         checkpoints.check_config(checkpoint, settings, free=FREE_FIELDS)
         saved = checkpoints.load_checkpoint(checkpoint, model, optimizer)
         done, before, history, pending = (saved[k] for k in ("step", "seconds", "history", "pending"))
-    if log:
+    if log and main:
         checkpoints.write_log(log, history)  # drops rows past the checkpoint: those steps are run again
 
     started, seen_before = time.perf_counter(), pending["pictures"]
@@ -132,7 +133,7 @@ def train(
         return before + time.perf_counter() - started
 
     def save() -> None:
-        if checkpoint:
+        if checkpoint and main:
             state = (model, optimizer, done, elapsed(), history, settings, pending)
             checkpoints.save_checkpoint(checkpoint, *state)
 
@@ -144,7 +145,7 @@ def train(
         row = {"step": done, "lr": learning_rate(config, done - 1)}
         row |= {name: total / count for name, (total, count) in pending["sums"].items()}
         row |= {"seconds": elapsed(), "pictures": pending["pictures"]}
-        if saving and evaluate:
+        if saving and evaluate and main:
             numbers = evaluate(model.eval(), done)
             if clash := sorted(numbers.keys() & row.keys()):
                 raise ValueError(f"evaluate: found the names {clash}, which the row has already")
@@ -152,13 +153,13 @@ def train(
             model.train()
         history.append(row)
         pending["sums"] = {}
-        if log:
+        if log and main:
             checkpoints.append_log(log, row)
         if saving:
             save()
 
     updating = False
-    bar = tqdm(total=config.steps, initial=done, disable=not progress, unit="step")
+    bar = tqdm(total=config.steps, initial=done, disable=not (progress and main), unit="step")
     plain = plain_attention(model) if config.plain_attention and device.type == "cpu" else nullcontext()
     with bar, plain, _signals() as received:
         try:
@@ -170,16 +171,19 @@ def train(
                 batch = batch | {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, done) * group["factor"]
-                torch.manual_seed(step_seed(config.seed, done))
+                torch.manual_seed(step_seed(config.seed, done, distributed.rank()))
                 with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    losses = loss(model, batch, done)
+                    losses = forward(batch, done)
                 _check_losses(losses, done)
                 optimizer.zero_grad(set_to_none=True)
                 sum(losses.values()).backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
 
-                # One wait for the device per step, while the weights are still those of the last good step.
-                *numbers, norm = torch.stack([*(v.detach() for v in losses.values()), norm]).tolist()
+                # One wait for the device per step, while the weights are still those of the last good step. The
+                # processes agree on what they see, and on stopping: a signal may have reached only one of them.
+                stop = norm.new_tensor(float(len(received)))
+                numbers = distributed.average(torch.stack([*(v.detach() for v in losses.values()), norm, stop]))
+                *numbers, norm, stop = numbers.tolist()
                 values = dict(zip(losses, numbers))
                 if not all(map(math.isfinite, (*numbers, norm))):
                     raise FloatingPointError(f"step {done}: found losses {values}, gradient norm {norm}")
@@ -189,15 +193,15 @@ def train(
                 for name, value in values.items():
                     total, n = pending["sums"].get(name, (0.0, 0))
                     pending["sums"][name] = (total + value, n + 1)
-                pending["pictures"] += count
+                pending["pictures"] += count * distributed.world_size()
                 updating = False
 
                 rate = (pending["pictures"] - seen_before) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {sum(numbers):.4f}, {rate:.0f} pictures/s", refresh=False)
                 bar.update()
                 close_step()
-                if received:
-                    raise received[0]
+                if stop or (received and distributed.world_size() == 1):
+                    raise received[0] if received else KeyboardInterrupt
         except BaseException as error:
             stopped = received or isinstance(error, (KeyboardInterrupt, SystemExit))
             if stopped and not updating:  # else some weights are a step ahead: the last checkpoint is better
@@ -207,9 +211,10 @@ def train(
     return history
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for one step of one run; neighbouring steps and seeds get unrelated numbers."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A 63-bit seed for one step of one process; neighbouring steps, seeds and ranks get unrelated numbers."""
+    key = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager
@@ -288,6 +293,6 @@ def _check_losses(losses: dict[str, Tensor], step: int) -> None:
     for name, value in losses.items():
         if name in ("step", "lr", "seconds", "pictures"):
             raise ValueError(f"loss: found the name {name!r}, which the log uses for something else")
-        if value.ndim or value.dtype != torch.float32:
+        if value.ndim or value.dtype not in (torch.float32, torch.float64):
             found = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"loss {name!r} at step {step}: found {found}, expected a float32 scalar")

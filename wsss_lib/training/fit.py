@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ..data.transforms import ClassificationTransform, TrainTransform
 from ..data.voc import VOC
 from ..models import create_model
 from ..ledgers import command_line, current_commit
+from . import distributed
 from .checkpoints import save_weights
 from .engine import train
 from .objectives import OBJECTIVES
@@ -40,22 +42,28 @@ def fit(
     init: weights to start from, as `create_model`'s `pretrained`. masks: the folder of pseudo labels, for the
     recipes that learn from one. The recipe's config has seed, device and workers. ship: a further file for the
     weights, beside the backbone's own, which then holds only what the training changed.
+    Under torchrun each process has its part of every batch, and the first one writes; see `distributed`.
     Raises ValueError where masks are missing or not wanted, and as `create_model`, `VOC` and `train`.
     """
     if recipe.pseudo_labels != (masks is not None):
         found, expected = ("none", "a folder of pseudo labels") if masks is None else (masks, "none")
         raise ValueError(f"masks: found {found}, expected {expected} for the method {recipe.method}")
-    torch.manual_seed(recipe.config.seed)  # the new heads' first weights
-    data = training_data(recipe.data, root)
-    model = create_model(recipe.method, recipe.backbone, data.num_classes, init, **recipe.network)
-    freeze(model, recipe.freeze)
-    data = data if masks is None else PseudoLabelled(data, masks)
-    batches = Batches(data, make_transform(recipe, model), recipe.batch_size, recipe.config.seed)
-    objective = OBJECTIVES[recipe.method](**recipe.loss)
-    last = train(model, batches, objective, recipe.config, out, resume, progress=progress)[-1]
+    with distributed.processes(recipe.config.device) as device:
+        torch.manual_seed(recipe.config.seed)  # the new heads' first weights
+        data = training_data(recipe.data, root)
+        model = create_model(recipe.method, recipe.backbone, data.num_classes, init, **recipe.network)
+        freeze(model, recipe.freeze)
+        data = data if masks is None else PseudoLabelled(data, masks)
+        share = distributed.rank(), distributed.world_size()
+        batches = Batches(data, make_transform(recipe, model), recipe.batch_size, recipe.config.seed, *share)
+        config = replace(recipe.config, device=device)
+        last = train(model, batches, OBJECTIVES[recipe.method](**recipe.loss), config, out, resume, progress=progress)[-1]
+        if distributed.rank():
+            return model
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
-        "recipe": as_record(recipe), "num_classes": model.num_classes, "init": init if isinstance(init, bool) else Path(init).name,
+        "processes": share[1], "recipe": as_record(recipe), "num_classes": model.num_classes,
+        "init": init if isinstance(init, bool) else Path(init).name,
         "masks": None if masks is None else Path(masks).name,
         "command": command_line(), "commit": current_commit(),
     }

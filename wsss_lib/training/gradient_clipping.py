@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import average
+
 
 def gradient_clipping_loss(loss_map: Tensor, start: float = 1.2, patch: int = 120) -> Tensor:
     """The mean of `clip_loss_map`, a number. Arguments and errors as there."""
@@ -36,8 +38,8 @@ def clip_loss_map(loss_map: Tensor, start: float = 1.2, patch: int = 120) -> Ten
     if patch < 1:
         raise ValueError(f"patch: found {patch}, expected at least 1")
     loss_map = loss_map.to(torch.promote_types(loss_map.dtype, torch.float32))
-    losses = loss_map.detach()
-    thresholds = local_thresholds(losses, patch).masked_fill(losses.mean() > start, torch.inf)
+    losses = average(loss_map.mean(dim=0))  # (B, H, W) -> (H, W), of all processes' pictures
+    thresholds = local_thresholds(losses[None], patch).masked_fill(losses.mean() > start, torch.inf)
     return torch.where(loss_map <= thresholds, loss_map, thresholds)
 
 

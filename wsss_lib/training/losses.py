@@ -13,6 +13,7 @@ from ..localization.cam import at_least_float32
 from .affinity import affinity_labels, affinity_loss
 from .consistency import consistency_loss
 from .dense_energy import check_logits, dense_energy_loss, upsampled
+from .distributed import per_count
 from .gradient_clipping import gradient_clipping_loss
 
 __all__ = ["affinity_labels", "affinity_loss", "balanced_segmentation_loss", "classification_loss",
@@ -26,8 +27,8 @@ def classification_loss(model: nn.Module, batch: dict, step: int) -> dict[str, T
     entropy between sigmoid(logit) and label.
     """
     out = model.forward_heads(batch["image"])
-    return {"class": F.multilabel_soft_margin_loss(out.class_logits.float(), batch["labels"]),
-            "patch": F.multilabel_soft_margin_loss(out.pooled.float(), batch["labels"])}
+    return {"class": F.multilabel_soft_margin_loss(at_least_float32(out.class_logits), batch["labels"]),
+            "patch": F.multilabel_soft_margin_loss(at_least_float32(out.pooled), batch["labels"])}
 
 
 def weaktr_loss(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def weaktr_loss(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
     """
     out = model.forward_predictions(batch["image"])
     logits = {"class": out.class_logits, "coarse": out.coarse_logits, "fine": out.fine_logits}
-    return {name: F.multilabel_soft_margin_loss(x.float(), batch["labels"]) for name, x in logits.items()}
+    return {name: F.multilabel_soft_margin_loss(at_least_float32(x), batch["labels"]) for name, x in logits.items()}
 
 
 def balanced_segmentation_loss(logits: Tensor, masks: Tensor, average: bool = False,
@@ -64,7 +65,7 @@ def balanced_segmentation_loss(logits: Tensor, masks: Tensor, average: bool = Fa
         background = masks == 0
         foreground = ~background & (masks != IGNORE)
         fewest = 0 if published else 1                  # 0 / 0 is nan, 0 / 1 is 0
-        sides = [(errors * side).sum() / side.sum().clamp(min=fewest) for side in (background, foreground)]
+        sides = [per_count((errors * side).sum(), side.sum(), fewest) for side in (background, foreground)]
         return sum(sides) / 2 if average else sum(sides)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.sample import IGNORE
 from ..localization import affinity_cam, getam
-from ..localization.cam import eval_mode
+from ..localization.cam import at_least_float32, eval_mode
 from ..refinement import (
     CompletedLabels,
     ContrastSaliency,
@@ -64,7 +64,7 @@ class RetrainingObjective:
     patch: int = 120
 
     def __call__(self, model: nn.Module, batch: dict, step: int) -> Losses:
-        logits = model(batch["image"]).float()
+        logits = at_least_float32(model(batch["image"]))
         loss_map = F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="none")
         return {"segmentation": gradient_clipping_loss(loss_map, self.start, self.patch)}
 
@@ -92,7 +92,7 @@ class AfaObjective:
     def __call__(self, model: nn.Module, batch: dict, step: int) -> Losses:
         labels = batch["labels"]
         if step < self.classify_until:
-            return {"class": F.multilabel_soft_margin_loss(model(batch["image"]).float(), labels)}
+            return {"class": F.multilabel_soft_margin_loss(at_least_float32(model(batch["image"])), labels)}
         pictures = labels, batch["image_uint8"], self.backgrounds, batch["box"]
         found = affinity_cam(model, batch["image"], labels, self.scales)
         pairs = masks = reliable_labels(found.maps, *pictures, self.num_iter)
@@ -102,7 +102,7 @@ class AfaObjective:
         out = model.forward_segmentation(batch["image"])
         wanted = affinity_labels(pairs, self.radius, model.patch_stride)
         return {
-            "class": F.multilabel_soft_margin_loss(out.logits.float(), labels),
+            "class": F.multilabel_soft_margin_loss(at_least_float32(out.logits), labels),
             "segmentation": self.segmentation_weight * balanced_segmentation_loss(out.segmentation, masks, average=True),
             "affinity": self.affinity_weight * affinity_loss(out.affinity, wanted),
         }
@@ -132,12 +132,12 @@ class GetamObjective:
     def __call__(self, model: nn.Module, batch: dict, step: int) -> Losses:
         labels = batch["labels"]
         if step < self.classify_until:
-            return {"class": F.multilabel_soft_margin_loss(model(batch["image"]).float(), labels)}
+            return {"class": F.multilabel_soft_margin_loss(at_least_float32(model(batch["image"])), labels)}
         masks, saliency = self.labels_of(model, batch)
         out = model.forward_segmentation(batch["image"])
         pictures = batch["image_uint8"], masks, batch["box"]
         return {
-            "class": F.multilabel_soft_margin_loss(out.logits.float(), labels),
+            "class": F.multilabel_soft_margin_loss(at_least_float32(out.logits), labels),
             "segmentation": balanced_segmentation_loss(out.segmentation, masks),
             "saliency": saliency_loss(out.segmentation, saliency),
             "energy": dense_energy_loss(out.segmentation, *pictures, weight=self.energy_weight, published=self.published),
