@@ -1,0 +1,71 @@
+"""Two processes with half of each batch train as one process with all of it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wsss_lib.data.batches import Batches
+from wsss_lib.training import distributed
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+
+
+def start(method: str, out: Path, rank: int | None = None, port: int = 0) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if rank is not None:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": str(port)}
+    command = [sys.executable, str(SCRIPT), method, str(out)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("method", ["weaktr", "acr", "afa", "getam", "segmenter"])
+def test_two_processes_are_one(method, tmp_path):
+    """float64: gradients are summed in another order, nothing else differs."""
+    one, two, port = tmp_path / "one.safetensors", tmp_path / "two.safetensors", free_port()
+    runs = [start(method, one), start(method, two, 0, port), start(method, tmp_path / "none", 1, port)]
+    for run in runs:
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output[-2000:]
+    one, two = load_file(one), load_file(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert not (tmp_path / "none").exists(), "only the first process writes"
+
+
+def test_one_process_needs_no_group():
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    sums, counts = torch.tensor([6.0, 0.0]), torch.tensor([3, 0])
+    assert distributed.per_count(sums, counts, least=1).tolist() == [2.0, 0.0]
+    assert distributed.per_count(sums, counts, more=1).tolist() == [1.5, 0.0]
+    assert distributed.per_count(sums, counts).isnan().tolist() == [False, True]
+    with distributed.processes("cpu") as device:
+        assert device == "cpu"
+
+
+def test_processes_share_a_batch_picture_by_picture():
+    data = list(range(10))
+
+    def transform(item: int) -> dict:
+        return {"image": torch.rand(3, 2, 2), "item": torch.tensor(item)}
+
+    for step in (0, 3):
+        whole = Batches(data, transform, 4, seed=3)(step)
+        parts = [Batches(data, transform, 4, 3, rank, 2)(step) for rank in (0, 1)]
+        for name, value in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), value)
+    with pytest.raises(ValueError, match="batch_size: found 4, expected a multiple of the 3 processes"):
+        Batches(data, transform, 4, 3, 0, 3)
