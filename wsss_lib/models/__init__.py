@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "cam": CamViT, "getam": GetamViT, "weaktr": WeakTr, "acr": AcrViT, "afa": afa_network,
     "segmenter": Segmenter,
 }
-SHIPPED = {"toyvit": "checkpoints/toyvit.safetensors", "toycnn": "checkpoints/toycnn.safetensors"}
+SHIPPED = {name: f"checkpoints/{name}.safetensors" for name in ("toyvit", "toycnn", "toymit")}
 
 
 def create_model(
@@ -45,7 +45,7 @@ def create_model(
     """The network of a method, on a backbone of timm.
 
     method: one of METHODS. backbone: "toyvit" or a ViT of timm by name. num_classes: C, without background.
-    pretrained: True loads the shipped weights of toyvit, and timm's for other backbones (their heads start
+    pretrained: True loads the shipped weights of toyvit, toymit and toycnn, timm's for other backbones (their heads start
     at random); False starts at random; a path loads that safetensors file, written from a model like this.
     kw: arguments of the method's network (see its class); the others go to timm, for the backbone.
 
