@@ -9,8 +9,8 @@ from .recipes import Recipe
 # wherever the loss reads attention: its tape sees the fused call only.
 TOY_RECIPES: dict[str, Recipe] = {
     "weaktr": Recipe(
-        "weaktr", "toyvoc", TrainConfig(600, lr=5e-4, weight_decay=0.03, plain_attention=False),
-        network={"reduction": 2}, freeze=("backbone.patch_embed",),
+        "weaktr", "toyvoc", TrainConfig(600, lr=3e-4, weight_decay=0.03, plain_attention=False),
+        network={"reduction": 2},
     ),
     "segmenter": Recipe(
         "segmenter", "toyvoc", TrainConfig(400, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
