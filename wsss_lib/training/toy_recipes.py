@@ -34,7 +34,7 @@ TOY_RECIPES: dict[str, Recipe] = {
     ),
     "acr": Recipe(
         "acr", "toyvoc",
-        TrainConfig(300, lr=3e-4, weight_decay=0.03, plain_attention=False, lr_factors={"classifier": 10.0}),
+        TrainConfig(200, lr=3e-4, weight_decay=0.03, plain_attention=False, lr_factors={"classifier": 10.0}),
         batch_size=8,
     ),
 }
