@@ -1,5 +1,6 @@
 """Two processes with half of each batch train as one process with all of it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -11,18 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from wsss_lib.data.batches import Batches
+from wsss_lib.paths import REPOSITORY
 from wsss_lib.training import distributed
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 
 def start(method: str, out: Path, rank: int | None = None, port: int = 0) -> subprocess.Popen:
+    return process([str(SCRIPT), method, str(out)], rank, port)
+
+
+def process(arguments: list[str], rank: int | None, port: int) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if rank is not None:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                         "MASTER_PORT": str(port)}
-    command = [sys.executable, str(SCRIPT), method, str(out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def free_port() -> int:
@@ -44,6 +50,18 @@ def test_two_processes_are_one(method, tmp_path):
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
     assert not (tmp_path / "none").exists(), "only the first process writes"
+
+
+def test_the_command_runs_on_two_processes(tmp_path):
+    """What torchrun starts: both end well, one writes, and each step counts the pictures of both."""
+    port = free_port()
+    arguments = ["-m", "wsss_lib", "train", "--recipe", "toyvoc/segmenter", "--root", "data/toyvoc", "--masks",
+                 "data/toyvoc/SegmentationClass", "--out", str(tmp_path), "--set", "steps=2", "batch_size=4"]
+    for run in [process(arguments, rank, port) for rank in (0, 1)]:
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output[-2000:]
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert (record["processes"], record["images"]) == (2, 8)
 
 
 def test_one_process_needs_no_group():

@@ -62,6 +62,46 @@ def test_the_ablation_of_getam_is_quoted_as_measured():
     assert min(mosaics["cam"]) > max(mosaics["getam_all_blocks"]) and min(mosaics["cam"]) > max(mosaics["getam"])
 
 
+def _cell(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _three_seeds(ledger: str, name: str, column: str, kind: str = "best") -> list[float]:
+    """mIoU % of the three seeds of a row, at the best or the fixed threshold, or without one."""
+    rows = [r for r in _ledger(ledger)["rows"] if r["name"] == name]
+    assert sorted(r["seed"] for r in rows) == [0, 1, 2], name
+    return [100 * r[column].get("miou", r[column].get(kind, {}).get("miou")) for r in rows]
+
+
+WEAKTR = {
+    "weaktr_coarse": "coarse map", "weaktr_class_attention": "class attention x coarse",
+    "weaktr_random": "fine: random weights", "weaktr_mean": "fine: mean of all heads",
+    "weaktr": "fine: adaptive fusion (WeakTr)", "weaktr_class_attention+crf": "class attention x coarse, CRF",
+    "weaktr+crf": "fine: adaptive fusion, CRF",
+}
+
+
+def test_weaktr_is_quoted_as_measured():
+    best = {column: _three_seeds("weaktr.json", "WeakTr", column) for column in WEAKTR}
+    for column, label in WEAKTR.items():
+        fixed = _three_seeds("weaktr.json", "WeakTr", column, "fixed")
+        assert f"| {label} | {_cell(best[column])} | {_cell(fixed)} |" in README, column
+    for name in ("Segmenter, clipped", "Segmenter, not clipped"):
+        assert f"| {name} | no threshold | {_cell(_three_seeds('weaktr.json', name, 'segmentation'))} |" in README
+    # What the text says.
+    assert min(best["weaktr_class_attention"]) > max(best["weaktr_coarse"]) > min(best["weaktr_coarse"]) > max(best["weaktr"])
+    assert abs(sum(best["weaktr"]) - sum(best["weaktr_mean"])) / 3 < 1
+
+
+def test_afa_is_quoted_as_measured():
+    columns = ("afa_cam", "afa_cam+par", "affinity", "affinity+par", "segmentation")
+    for name in ("AFA, toymit", "AFA's heads on toyvit"):
+        scores = {column: _three_seeds("afa.json", name, column) for column in columns}
+        assert f"| {name} | {' | '.join(map(_cell, scores.values()))} |" in README
+        means = {column: sum(values) / 3 for column, values in scores.items()}
+        assert means["afa_cam+par"] > means["afa_cam"] > means["affinity"]
+
+
 def test_the_saliency_is_quoted_as_measured():
     f = {name: r["f"]["f"] for name, r in _ledger("saliency.json")["methods"].items()}
     assert (f"{f['contrast']:.2f} on ToyVOC at the threshold 0.5, against {f['centre_prior']:.2f} for a blob in the "
@@ -78,7 +118,7 @@ def test_the_kernels_ratios_are_quoted_as_measured():
 
 
 def test_shipped_weights_have_a_row_in_the_study():
-    rows = [r["training"] for r in _ledger("pretraining.json")["rows"]]
+    rows = [r["training"] for name in ("pretraining.json", "weaktr.json") for r in _ledger(name)["rows"]]
     for record in (ROOT / "data" / "checkpoints").glob("*.json"):
         assert json.loads(record.read_text()) in rows, record.name
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -104,7 +105,8 @@ def train(args: argparse.Namespace) -> None:
     recipe = override(find_recipe(args.recipe), [*settings, f"device={args.device}", *args.set])
     root = Path(args.root) if args.root else _default_tree(recipe.data)
     fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship)
-    print((Path(args.out) / "model.json").read_text(encoding="utf-8"), end="")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
+        print((Path(args.out) / "model.json").read_text(encoding="utf-8"), end="")
 
 
 def _default_tree(data: str) -> Path:
