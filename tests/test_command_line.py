@@ -231,6 +231,7 @@ def test_a_finished_pretraining_is_not_run_again_but_refused_without_resume(run,
     (("pretrain", "--steps", "1", "--device", "abacus"), ("device", "abacus")),
     (("train", "--recipe", "toyvoc/cma"), ("wsss_lib train", "recipe", "toyvoc/cma", "toyvoc/weaktr")),
     (("train", "--recipe", "toyvoc/acr", "--set", "lr"), ("set", "found 'lr'", "key=value")),
+    (("train", "--recipe", "toyvoc/acr", "--published"), ("published", "no paper has ToyVOC")),
     (("localize", "--method", "cma"), ("wsss_lib localize", "cma", "weaktr")),
     (("localize", "--method", "weaktr"), ("wsss_lib localize", "CamViT", "expected a WeakTr")),
 ])

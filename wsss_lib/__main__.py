@@ -52,6 +52,7 @@ def main() -> None:
     p.add_argument("--masks", help="folder of pseudo labels, for a recipe that learns from one")
     p.add_argument("--ship", help="write the weights that differ from the backbone's file into its folder, as this file")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings than the recipe's")
+    p.add_argument("--published", action="store_true", help="with the slips of the published code")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
     p.add_argument("--workers", type=int, default=0)

@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
 
     _check_device(args.device)
     settings = [f"{name}={getattr(args, name)}" for name in ("seed", "workers")]
-    recipe = override(find_recipe(args.recipe), [*settings, f"device={args.device}", *args.set])
+    recipe = override(find_recipe(args.recipe, args.published), [*settings, f"device={args.device}", *args.set])
     root = Path(args.root) if args.root else _default_tree(recipe.data)
     fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes

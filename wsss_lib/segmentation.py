@@ -30,7 +30,8 @@ def segment(
     views = []
     with eval_mode(model):
         for _, flipped, view in scaled_views(images, scales, flip, model.patch_stride):
-            out = model.forward_segmentation(view).segmentation if hasattr(model, "forward_segmentation") else model(view)
+            decodes = hasattr(model, "forward_segmentation")
+            out = model.forward_segmentation(view).segmentation if decodes else model(view)
             if out.ndim != 4:
                 found = f"{type(model).__name__}, which returns {tuple(out.shape)}"
                 raise ValueError(f"model: found {found}, expected one that segments: (B, C+1, h, w)")

@@ -34,7 +34,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.data):
-            raise ValueError(f"batch_size: found {self.batch_size}, expected 1..{len(self.data)}, the pictures there are")
+            expected = f"1..{len(self.data)}, the pictures there are"
+            raise ValueError(f"batch_size: found {self.batch_size}, expected {expected}")
         if self.batch_size % self.world:
             raise ValueError(f"batch_size: found {self.batch_size}, expected a multiple of the {self.world} processes")
 

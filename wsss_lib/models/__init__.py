@@ -45,8 +45,8 @@ def create_model(
     """The network of a method, on a backbone of timm.
 
     method: one of METHODS. backbone: "toyvit" or a ViT of timm by name. num_classes: C, without background.
-    pretrained: True loads the shipped weights of toyvit, toymit and toycnn, timm's for other backbones (their heads start
-    at random); False starts at random; a path loads that safetensors file, written from a model like this.
+    pretrained: True loads the shipped weights of toyvit, toymit and toycnn, timm's for other backbones (their
+    heads start at random); False starts at random; a path loads that safetensors file, written from a model like this.
     kw: arguments of the method's network (see its class); the others go to timm, for the backbone.
 
     The model lists in `missing_weights` its tensors that no file gave a value to (heads, where the file has

@@ -16,8 +16,8 @@ from .reliable_labels import combine_labels, propagated_labels, refine_scores, r
 from .saliency import ContrastSaliency, FolderSaliency, contrast_saliency, saliency_report
 
 __all__ = [
-    "CompletedLabels", "ContrastSaliency", "FolderSaliency", "affinity_maps", "combine_labels", "complete", "complete_labels",
-    "completion_thresholds", "contrast_saliency", "crf_labels", "initial_labels", "open_regions",
-    "propagated_labels", "pseudo_labels", "radius_mask", "random_walk", "refine_scores", "reliable_labels",
-    "saliency_report", "scored_maps", "threshold_labels",
+    "CompletedLabels", "ContrastSaliency", "FolderSaliency", "affinity_maps", "combine_labels", "complete",
+    "complete_labels", "completion_thresholds", "contrast_saliency", "crf_labels", "initial_labels",
+    "open_regions", "propagated_labels", "pseudo_labels", "radius_mask", "random_walk", "refine_scores",
+    "reliable_labels", "saliency_report", "scored_maps", "threshold_labels",
 ]

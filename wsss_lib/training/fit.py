@@ -57,7 +57,8 @@ def fit(
         share = distributed.rank(), distributed.world_size()
         batches = Batches(data, make_transform(recipe, model), recipe.batch_size, recipe.config.seed, *share)
         config = replace(recipe.config, device=device)
-        last = train(model, batches, OBJECTIVES[recipe.method](**recipe.loss), config, out, resume, progress=progress)[-1]
+        objective = OBJECTIVES[recipe.method](**recipe.loss)
+        last = train(model, batches, objective, config, out, resume, progress=progress)[-1]
         if distributed.rank():
             return model
     record = {

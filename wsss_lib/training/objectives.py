@@ -101,9 +101,10 @@ class AfaObjective:
             masks = propagated_labels(found.on_grid(), found.affinity, *pictures, *radius)
         out = model.forward_segmentation(batch["image"])
         wanted = affinity_labels(pairs, self.radius, model.patch_stride)
+        segmentation = balanced_segmentation_loss(out.segmentation, masks, average=True)
         return {
             "class": F.multilabel_soft_margin_loss(at_least_float32(out.logits), labels),
-            "segmentation": self.segmentation_weight * balanced_segmentation_loss(out.segmentation, masks, average=True),
+            "segmentation": self.segmentation_weight * segmentation,
             "affinity": self.affinity_weight * affinity_loss(out.affinity, wanted),
         }
 
@@ -136,11 +137,12 @@ class GetamObjective:
         masks, saliency = self.labels_of(model, batch)
         out = model.forward_segmentation(batch["image"])
         pictures = batch["image_uint8"], masks, batch["box"]
+        options = {"weight": self.energy_weight, "published": self.published}
         return {
             "class": F.multilabel_soft_margin_loss(at_least_float32(out.logits), labels),
             "segmentation": balanced_segmentation_loss(out.segmentation, masks),
             "saliency": saliency_loss(out.segmentation, saliency),
-            "energy": dense_energy_loss(out.segmentation, *pictures, weight=self.energy_weight, published=self.published),
+            "energy": dense_energy_loss(out.segmentation, *pictures, **options),
         }
 
     def labels_of(self, model: nn.Module, batch: dict) -> CompletedLabels:
@@ -150,7 +152,8 @@ class GetamObjective:
         with eval_mode(model):  # maps without dropout; weights keep their gradients of before
             maps = getam(model, batch["image"], labels, self.start_layer)
         scores = scored_maps(maps, labels, images=images, refine="pamr")
-        found = complete_labels(scores, labels, source(batch), self.cut, opening=self.opening, published=self.published)
+        options = {"opening": self.opening, "published": self.published}
+        found = complete_labels(scores, labels, source(batch), self.cut, **options)
         inside = torch.zeros_like(found.masks, dtype=torch.bool)
         for picture, (y0, x0, y1, x1) in zip(inside, batch["box"].tolist()):
             picture[y0:y1, x0:x1] = True

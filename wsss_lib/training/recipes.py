@@ -61,7 +61,8 @@ def getam(data: str, published: bool = False) -> Recipe:
     steps, decay = _epochs(data, 20, 4), 5e-4
     config = TrainConfig(
         steps, lr=0.04, optimizer="sgd", momentum=decay if published else 0.0, weight_decay=0.0 if published else decay,
-        schedule="poly", power=0.9, final_lr=0.0, warmup=0, clip=0.0, plain_attention=False, late_from=steps // 2, late_factor=0.1)
+        schedule="poly", power=0.9, final_lr=0.0, warmup=0, clip=0.0, plain_attention=False,
+        late_from=steps // 2, late_factor=0.1)
     cut = {"voc12": 0.9, "coco14": 0.95}[data]
     return Recipe(
         "getam", data, config, batch_size=4, crop_size=256, scale_range=(1.0, 1.0), long_side=(230, 292),
@@ -76,8 +77,8 @@ def afa(data: str, published: bool = False) -> Recipe:
     schedule a jump after the warm-up; published=True has both."""
     voc = data == "voc12"
     config = TrainConfig(
-        20_000 if voc else 80_000, lr=6e-4, weight_decay=0.01, betas=(0.9, 0.999), schedule="poly", power=1.0, final_lr=0.0,
-        warmup=1500, clip=0.0, plain_attention=False, lr_factors={"backbone": 0.1}, published=published)
+        20_000 if voc else 80_000, lr=6e-4, weight_decay=0.01, betas=(0.9, 0.999), schedule="poly", power=1.0,
+        final_lr=0.0, warmup=1500, clip=0.0, plain_attention=False, lr_factors={"backbone": 0.1}, published=published)
     stages = (2_000, 6_000) if voc else (5_000, 15_000)
     loss = {"classify_until": stages[0], "propagate_from": stages[1], "num_iter": 10 if voc else 15}
     return Recipe("afa", data, config, batch_size=8, crop_size=512, long_side=(512, 2048), backbone="mit_b1",
@@ -87,8 +88,8 @@ def afa(data: str, published: bool = False) -> Recipe:
 def weaktr(data: str, published: bool = False) -> Recipe:
     """WeakTr's first stage: class tokens, coarse map and fusion; 60 epochs of timm's augmentation at 224 pixels."""
     epoch, lr = PICTURES[data] // 64, {"voc12": 6e-4, "coco14": 2e-4}[data] * 64 / 512
-    config = TrainConfig(60 * epoch, lr=lr, weight_decay=0.03, betas=(0.9, 0.999), warmup=5 * epoch, final_lr=1e-5 / lr if lr > 1e-5 else 1.0,
-                         clip=0.0, plain_attention=False)
+    config = TrainConfig(60 * epoch, lr=lr, weight_decay=0.03, betas=(0.9, 0.999), warmup=5 * epoch,
+                         final_lr=1e-5 / lr, clip=0.0, plain_attention=False)
     return Recipe("weaktr", data, config, batch_size=64, crop_size=224, augment="classification",
                   backbone="deit_small_patch16_224", network={"published": published, "drop_path_rate": 0.1})
 
