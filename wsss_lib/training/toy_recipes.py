@@ -14,8 +14,9 @@ TOY_RECIPES: dict[str, Recipe] = {
     ),
     "segmenter": Recipe(
         "segmenter", "toyvoc", TrainConfig(400, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
-        # 1.2 of ln 21 = 3.04, and a quarter of the crop's side, as published for 480 pixels
-        loss={"start": 1.2, "patch": 28}, pseudo_labels=True,
+        # A quarter of the crop's side, as published for 480 pixels. The published start, 1.2, is passed here before
+        # any object is learned, and objects are what stands out then: data/results/weaktr.json has such a run.
+        loss={"start": 0.5, "patch": 28}, pseudo_labels=True,
     ),
     "afa": Recipe(
         "afa", "toyvoc",
