@@ -3,6 +3,7 @@
     python tests/distributed_run.py METHOD OUT.safetensors
 """
 
+import os
 import sys
 
 import torch
@@ -40,6 +41,9 @@ def batch_at(step: int) -> dict:
 
 
 def main(method: str, out: str) -> None:
+    accumulate = 1
+    if method == "accumulated":  # the four pictures one by one, or on two processes two by two
+        method, accumulate = "weaktr", 4 // int(os.environ.get("WORLD_SIZE", 1))
     with distributed.processes("cpu"):
         torch.manual_seed(0)
         model = create_model(method, "toyvit", CLASSES, False, **NETWORK.get(method, {})).double()
@@ -47,7 +51,8 @@ def main(method: str, out: str) -> None:
             if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d)):
                 module.p = 0.0  # each process draws its own
         # AdamW divides by the size of a gradient: where that is rounding, so would be the step.
-        config = TrainConfig(5, lr=0.1, optimizer="sgd", warmup=0, bf16=False, plain_attention=False, log_every=1)
+        config = TrainConfig(5, lr=0.1, optimizer="sgd", warmup=0, amp="off", plain_attention=False, log_every=1,
+                             accumulate=accumulate)
         history = train(model, batch_at, OBJECTIVES[method](**OPTIONS[method]), config, progress=False)
         if distributed.rank() == 0:
             rows = [[v for k, v in row.items() if k != "seconds"] for row in history]

@@ -44,7 +44,7 @@ def test_optimizer_state_comes_back(tmp_path, kind):
     save_checkpoint(tmp_path / "c", model, optimizer, 3, 1.5, [{"a": 1}], {"b": [2]})
     other, its_optimizer = fresh()
     found = load_checkpoint(tmp_path / "c", other, its_optimizer)
-    assert found == {"step": 3, "seconds": 1.5, "history": [{"a": 1}], "config": {"b": [2]}, "pending": {}}
+    assert found == {"step": 3, "seconds": 1.5, "history": [{"a": 1}], "config": {"b": [2]}, "pending": {}, "scaler": {}}
     steps(model, optimizer, 3, 5)
     steps(other, its_optimizer, 3, 5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))

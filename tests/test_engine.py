@@ -8,9 +8,11 @@ import torch
 from tiny_training import CONFIG, batch_at, loss, network, run
 from torch import nn
 
+from wsss_lib.training import engine
 from wsss_lib.training.checkpoints import load_checkpoint
 from wsss_lib.training.engine import TrainConfig, plain_attention, train
 from wsss_lib.training.optimizers import make_optimizer
+from wsss_lib.training.precision import half_type
 from wsss_lib.training.schedules import warmup_cosine
 
 # ---- schedules
@@ -34,9 +36,9 @@ def test_schedule_refuses(bad):
 # ---- learning
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_loss_falls(bf16):
-    config = dataclasses.replace(CONFIG, steps=200, lr=0.01, log_every=20, save_every=1000, bf16=bf16)
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_loss_falls(amp):
+    config = dataclasses.replace(CONFIG, steps=200, lr=0.01, log_every=20, save_every=1000, amp=amp)
     model, history = run(None, config, network(dropout=0.0))
     assert [row["step"] for row in history] == list(range(20, 201, 20))
     assert history[0]["class"] > 0.5 and history[-1]["class"] < 0.35
@@ -94,7 +96,7 @@ def test_tiny_vit_in_bf16():
 
     before = model.blocks[0].attn.fused_attn
     weight = model.head.weight.detach().clone()
-    config = TrainConfig(steps=2, warmup=0, bf16=True)
+    config = TrainConfig(steps=2, warmup=0, amp="bf16")
     train(model, batch_at, vit_loss, config, progress=False)
     assert seen == [(torch.bfloat16, False)] * 2 and model.blocks[0].attn.fused_attn == before
     assert not torch.equal(model.head.weight, weight)
@@ -162,3 +164,89 @@ def test_pictures_may_be_given():
     given = lambda step: {**batch_at(step), "pictures": 3}  # noqa: E731
     history = train(network(), given, loss, CONFIG, progress=False)
     assert history[-1]["pictures"] == 36
+
+
+# ---- mixed precision, parts of a batch
+
+
+def scaled_loss(model, batch, step):
+    """float16 logits of about 1; their gradients, some 1e-7, are zero unless the loss is scaled."""
+    return {"small": 1e-5 * nn.functional.cross_entropy(model(batch["image"]).float(), batch["label"])}
+
+
+def test_float16_gradients_are_scaled_into_range(monkeypatch):
+    config = dataclasses.replace(CONFIG, amp="fp16", steps=1, warmup=0, clip=0.0, optimizer="sgd", lr=1e3, weight_decay=0.0)
+
+    def moved(amp):
+        model, before = network(0.0), network(0.0)
+        train(model, batch_at, scaled_loss, dataclasses.replace(config, amp=amp), progress=False)
+        return model[0].weight - before[0].weight
+
+    exact = moved("off")
+    torch.testing.assert_close(moved("fp16"), exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    monkeypatch.setattr(engine, "make_scaler", lambda half, device: torch.amp.GradScaler("cpu", init_scale=1.0))
+    assert (moved("fp16") - exact).abs().max() > 0.05 * exact.abs().max(), "the scale matters"
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_halved(monkeypatch):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    monkeypatch.setattr(engine, "make_scaler", lambda half, device: scaler)
+    model, before = network(0.0), network(0.0)
+    config = dataclasses.replace(CONFIG, amp="fp16", steps=2, log_every=1, clip=1.0)
+    large = lambda model, batch, step: {"x": 1e3 * loss(model, batch, step)["class"]}  # noqa: E731
+    history = train(model, batch_at, large, config, progress=False)
+    assert [row["scale"] for row in history] == [2.0**29, 2.0**28]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+
+def test_float16_at_a_scale_of_one_has_no_excuse(monkeypatch):
+    monkeypatch.setattr(engine, "make_scaler", lambda half, device: torch.amp.GradScaler("cpu", init_scale=1.0))
+    endless = lambda model, batch, step: {"x": 1e30 * loss(model, batch, step)["class"]}  # noqa: E731
+    with pytest.raises(FloatingPointError, match="step 0: .*gradient norm"):
+        train(network(0.0), batch_at, endless, dataclasses.replace(CONFIG, amp="fp16"), progress=False)
+
+
+def test_half_types():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert [half_type(amp, cpu) for amp in ("auto", "bf16", "fp16", "off")] == [
+        torch.bfloat16, torch.bfloat16, torch.float16, None]
+    assert half_type("auto", meta) is half_type("off", meta) is None
+    with pytest.raises(ValueError, match="amp: found 'bf16' on meta"):
+        half_type("bf16", meta)
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_t4_gets_float16(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert half_type("auto", torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_parts_of_a_batch_add_up_to_it(count):
+    """Losses that are means over pictures, without dropout: float64, so that only the order of sums differs."""
+    def double(step):
+        batch = batch_at(step)
+        return {**batch, "image": batch["image"].double()}
+
+    def ends(accumulate, seen):
+        def counted(model, batch, step):
+            seen.append((len(batch["image"]), len(batch["name"])))
+            logits = model(batch["image"])
+            return {"class": nn.functional.cross_entropy(logits, batch["label"]), "size": logits.square().mean()}
+
+        model = network(0.0).double()
+        config = dataclasses.replace(CONFIG, steps=5, accumulate=accumulate, optimizer="sgd")
+        return model, train(model, double, counted, config, progress=False)
+
+    whole, cut = [], []
+    (a, rows), (b, others) = ends(1, whole), ends(count, cut)
+    assert whole == [(8, 8)] * 5 and cut == [(8 // count, 8 // count)] * 5 * count
+    for ours, theirs in zip(b.parameters(), a.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for ours, theirs in zip(others, rows):
+        assert (ours["pictures"], ours["class"]) == (theirs["pictures"], pytest.approx(theirs["class"], rel=1e-12))
+
+
+def test_parts_must_be_equal():
+    with pytest.raises(ValueError, match="accumulate: found a batch of 8 pictures, expected a multiple of 3"):
+        run(None, dataclasses.replace(CONFIG, accumulate=3))

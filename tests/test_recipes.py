@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from trees import annotation, box, coco_tree, write_annotation, write_picture, write_split
 
 from wsss_lib import create_model
 from wsss_lib.data.coco import COCO
-from wsss_lib.data.pseudo import PseudoLabelled
+from wsss_lib.data.pseudo import PseudoLabelled, WithSaliency
 from wsss_lib.data.toyvoc import build_toyvoc
+from wsss_lib.data.transforms import TrainTransform
 from wsss_lib.data.voc import VOC, encode_mask
 from wsss_lib.paths import shipped
 from wsss_lib.training.checkpoints import save_weights
@@ -125,7 +127,7 @@ def test_override_changes_one_setting_and_not_the_table():
     ("loss=3", "loss: found 3, expected a value like"),
     ("steps=many", "steps: found 'many', expected a value like"),
     ("steps=1.5", "steps: found 1.5"),
-    ("bf16=1", "bf16: found 1"),
+    ("amp=half", "amp: found .half., expected .auto. or .bf16. or .fp16. or .off."),
     ("lr=True", "lr: found True"),
     ("steps=0", "steps: found 0, expected 1 or more"),
     ("optimizer=lion", "optimizer: found 'lion', expected 'adamw' or 'sgd'"),
@@ -158,7 +160,7 @@ def test_groups_have_their_factor_and_decay():
 def test_the_engine_multiplies_the_rate_by_the_groups_factor(tree, tmp_path):
     """SGD without momentum moves a weight by rate x factor x gradient: one step, two factors, one gradient."""
     def moved(factor: float) -> float:
-        settings = [*SHORT, "steps=1", "optimizer=sgd", "momentum=0.0", "weight_decay=0.0", "clip=0.0", "bf16=False",
+        settings = [*SHORT, "steps=1", "optimizer=sgd", "momentum=0.0", "weight_decay=0.0", "clip=0.0", "amp=off",
                     f"lr_factors={{'backbone.blocks.5.mlp.fc2.weight': {factor}}}"]
         model = fit(override(TOY_RECIPES["weaktr"], settings), tree, tmp_path / str(factor), progress=False)
         start = create_model("weaktr", "toyvit", reduction=2)
@@ -300,6 +302,56 @@ def test_pseudo_labelled_pictures(tree, masks, tmp_path):
         (tmp_path / f"{name}.png").write_bytes(encode_mask(torch.zeros(5, 6, dtype=torch.uint8).numpy()))
     with pytest.raises(ValueError, match="mask is 5 x 6 .*112 x 112"):
         PseudoLabelled(data, tmp_path)[0]
+
+
+# ---- saliency maps
+
+
+def test_saliency_follows_the_crop(tree, tmp_path):
+    """A map that is the picture's own red channel stays it through scale, mirror image and crop."""
+    data = VOC(tree, "train")
+    for i, name in enumerate(data.names):
+        Image.fromarray(data[i].image[0].numpy()).save(tmp_path / f"{name}.png")
+    salient = WithSaliency(data, tmp_path)
+    assert salient.names == data.names and tuple(salient[1].saliency.shape) == (1, 112, 112)
+    transform = TrainTransform(80, (0.5, 1.5), keep_uint8=True)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out = transform(salient[seed % 4])
+        y0, x0, y1, x1 = out["box"].tolist()
+        expected = torch.zeros(80, 80)
+        expected[y0:y1, x0:x1] = out["image_uint8"][0, y0:y1, x0:x1].float() / 255
+        torch.testing.assert_close(out["saliency"], expected, rtol=0, atol=1.01 / 255)  # resized apart, one level
+    assert "saliency" not in transform(data[0])
+
+
+def test_getam_learns_from_given_saliency(tree, tmp_path):
+    data = VOC(tree, "train")
+    for name in data.names:
+        Image.new("L", (112, 112), 0).save(tmp_path / f"{name}.png")
+    recipe = override(TOY_RECIPES["getam"], [*SHORT, "loss.classify_until=0", "steps=1"])
+    given = {"saliency": tmp_path, "progress": False}
+    rows = [fit(recipe, tree, tmp_path / out, **options) and json.loads((tmp_path / out / "log.jsonl").read_text())
+            for out, options in (("given", given), ("contrast", {"progress": False}))]
+    assert rows[0]["saliency"] != rows[1]["saliency"]
+    with pytest.raises(ValueError, match="recipe.saliency: found None, expected"):
+        fit(recipe, tree, tmp_path / "contrast", **given)
+    with pytest.raises(ValueError, match="saliency: found .*, expected none for the method acr"):
+        fit(override(ACR, SHORT), tree, tmp_path / "x", **given)
+
+
+def test_saliency_names_what_is_wrong(tree, tmp_path):
+    data = VOC(tree, "train")
+    with pytest.raises(FileNotFoundError, match=f"found no {data.names[0]}.png.*expected 4 saliency maps"):
+        WithSaliency(data, tmp_path)
+    for name in data.names:
+        Image.new("L", (112, 100), 0).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (112, 112), (255, 0, 0)).save(tmp_path / f"{data.names[1]}.png")
+    salient = WithSaliency(data, tmp_path)
+    with pytest.raises(ValueError, match=rf"{data.names[0]}.png: found \(100, 112\) .*expected \(112, 112\)"):
+        salient[0]
+    with pytest.raises(ValueError, match="found colours, expected a grey map"):
+        salient[1]
 
 
 def test_recipe_defaults_are_not_shared():

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from tiny_training import CONFIG, loss, network, run, same_files, stop_at
 
-from wsss_lib.training import checkpoints
+from wsss_lib.training import checkpoints, engine
 from wsss_lib.training.checkpoints import load_checkpoint
 from wsss_lib.training.engine import train
 
@@ -49,6 +49,22 @@ def test_resumed_run_ends_like_the_uninterrupted_one(whole, tmp_path, step):
     model, history = run(tmp_path, model=network().requires_grad_(True))
     assert same_files(whole[0], tmp_path)
     assert [row["step"] for row in history] == [3, 4, 6, 8, 9, 12]
+
+
+@pytest.mark.parametrize("more", [{"amp": "fp16"}, {"accumulate": 2}, {"amp": "bf16", "accumulate": 4}])
+def test_precision_and_parts_resume_too(tmp_path, more):
+    """Also float16's scale, which grows every `growth_interval` steps, here 3."""
+    config = dataclasses.replace(CONFIG, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        scaled = more.get("amp") == "fp16"
+        patch.setattr(engine, "make_scaler", lambda half, device: torch.amp.GradScaler(
+            "cpu", init_scale=8.0, growth_interval=3, enabled=scaled))
+        run(tmp_path / "whole", config)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", config, loss=stop_at(5))
+        _, history = run(tmp_path / "cut", config)
+    assert same_files(tmp_path / "whole", tmp_path / "cut")
+    assert not scaled or history[-1]["scale"] == 8.0 * 2**4
 
 
 def test_after_a_crash_the_log_goes_back_to_the_checkpoint(whole, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from wsss_lib.training.engine import TrainConfig, step_seed, train
 
-CONFIG = TrainConfig(steps=12, lr=0.02, warmup=3, save_every=4, log_every=3, bf16=False)
+CONFIG = TrainConfig(steps=12, lr=0.02, warmup=3, save_every=4, log_every=3, amp="off")
 
 
 def network(dropout=0.3):

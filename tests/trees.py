@@ -100,11 +100,11 @@ def coco_content() -> dict:
     return {"images": images, "annotations": annotations}
 
 
-def coco_tree(root: Path, content: dict | None = None) -> Path:
+def coco_tree(root: Path, content: dict | None = None, split: str = "train") -> Path:
     content = coco_content() if content is None else content
-    file = root / "annotations/instances_train2014.json"
+    file = root / f"annotations/instances_{split}2014.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
     for image in content.get("images", []):
-        write_picture(root / "train2014" / image["file_name"])
+        write_picture(root / f"{split}2014" / image["file_name"])
     return root

@@ -50,7 +50,12 @@ def main() -> None:
     p.add_argument("--root", help="the data (default: the cached ToyVOC tree, drawn if it is not there)")
     p.add_argument("--init", help="weights to start from (default: those that ship, or timm's)")
     p.add_argument("--masks", help="folder of pseudo labels, for a recipe that learns from one")
-    p.add_argument("--ship", help="write the weights that differ from the backbone's file into its folder, as this file")
+    p.add_argument("--saliency",
+                   help="folder of saliency maps for getam, NAME.png in grey (default: each picture's contrast)")
+    p.add_argument("--retrain", action="store_true",
+                   help="after weaktr or acr: write pseudo labels and train a Segmenter on them, in OUT/segmenter")
+    p.add_argument("--ship",
+                   help="write the weights that differ from the backbone's file into its folder, as this file")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings than the recipe's")
     p.add_argument("--published", action="store_true", help="with the slips of the published code")
     p.add_argument("--seed", type=int, default=0)
@@ -69,6 +74,7 @@ def main() -> None:
     p.add_argument("--background", type=float, default=.4, help="threshold of the pseudo labels")
     p.add_argument("--scales", nargs="+", type=float, default=[1.0])
     p.add_argument("--flip", action="store_true")
+    p.add_argument("--size", type=int, help="resize pictures to SIZE x SIZE for the network (default: as they are)")
     p.add_argument("--limit", type=int, help="the first so many pictures only")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", required=True, help="folder for the masks, NAME.png")
@@ -79,12 +85,14 @@ def main() -> None:
     p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
     p.add_argument("--split", default="val")
     p.add_argument("--backbone", default="toyvit", choices=["toyvit", "toycnn", "toymit"])
-    p.add_argument("--methods", nargs="+", default=["cam"], metavar="NAME", help="maps, see reports.MAPS, or segmentation")
+    p.add_argument("--methods", nargs="+", default=["cam"], metavar="NAME",
+                   help="maps, see reports.MAPS, or segmentation")
     p.add_argument("--refine", nargs="+", default=["none"], choices=["none", "par", "pamr", "crf"],
-                   help="score the maps as they are (none) and refined")
+                   help="score the maps as they are (none) and refined; masks of a network are refined by crf alone")
     p.add_argument("--limit", type=int, help="the first so many pictures only")
     p.add_argument("--scales", nargs="+", type=float, default=[1.0])
     p.add_argument("--flip", action="store_true")
+    p.add_argument("--size", type=int, help="resize pictures to SIZE x SIZE for the network (default: as they are)")
     p.add_argument("--background", type=float, default=.4,
                    help="fixed threshold reported beside the best one")
     p.add_argument("--device", default="cpu")
@@ -94,10 +102,12 @@ def main() -> None:
     p.set_defaults(run=commands.evaluate)
 
     p = subparsers.add_parser("predict", help=commands.predict.__doc__)
-    p.add_argument("--checkpoint", required=True, help="model.safetensors that `train` wrote, of a network that segments")
+    p.add_argument("--checkpoint", required=True,
+                   help="model.safetensors that `train` wrote, of a network that segments")
     p.add_argument("--images", required=True, help="folder of pictures")
     p.add_argument("--out", required=True, help="folder for masks and overlays")
-    p.add_argument("--side", type=int, help="shorter side for the network, in pixels (default: the crops it learned from)")
+    p.add_argument("--side", type=int,
+                   help="shorter side for the network, in pixels (default: the crops it learned from)")
     p.add_argument("--scales", nargs="+", type=float, default=[1.0])
     p.add_argument("--flip", action="store_true")
     p.add_argument("--device", default="cpu")
@@ -122,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"wsss_lib {args.command}: {error}")
 
 

@@ -18,6 +18,8 @@ from .paths import cache_folder, shipped
 if TYPE_CHECKING:
     from torch import nn
 
+    from .data import COCO, VOC
+
 
 def _check_device(name: str) -> None:
     """ValueError for a device that PyTorch does not know or find here."""
@@ -97,6 +99,7 @@ def _record_of(weights: str | Path | None) -> dict | None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a method's network by a recipe, from image-level labels or from pseudo labels."""
+    from .pipeline import train_segmenter
     from .training.fit import fit
     from .training.recipes import find_recipe, override
 
@@ -104,9 +107,22 @@ def train(args: argparse.Namespace) -> None:
     settings = [f"{name}={getattr(args, name)}" for name in ("seed", "workers")]
     recipe = override(find_recipe(args.recipe, args.published), [*settings, f"device={args.device}", *args.set])
     root = Path(args.root) if args.root else _default_tree(recipe.data)
-    fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
-        print((Path(args.out) / "model.json").read_text(encoding="utf-8"), end="")
+    if args.retrain and (args.masks or args.ship or args.saliency or not recipe.labels):
+        found = f"{args.recipe} with other files" if recipe.labels else args.recipe
+        raise ValueError(f"retrain: found {found}, expected a recipe that makes pseudo labels (weaktr, acr), without "
+                         "--masks, --saliency and --ship")
+    if args.retrain:
+        train_segmenter(recipe, root, args.out, args.init or True, args.resume)
+    else:
+        fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship, saliency=args.saliency)
+    if _first_process():
+        for folder in [Path(args.out), *([Path(args.out, "segmenter")] if args.retrain else [])]:
+            print((folder / "model.json").read_text(encoding="utf-8"), end="")
+
+
+def _first_process() -> bool:
+    """Whether this is the one of several processes that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _default_tree(data: str) -> Path:
@@ -133,18 +149,34 @@ def _trained(checkpoint: str | None, backbone: str, device: str) -> tuple[nn.Mod
 
 def localize(args: argparse.Namespace) -> None:
     """Write the pseudo labels of a split, from image-level labels, into a folder."""
-    from .data.voc import VOC
     from .reports import MAPS, write_labels
+    from .training import distributed
 
     _check_device(args.device)
     _check_methods([args.method], MAPS)
-    model, record = _trained(args.checkpoint, args.backbone, args.device)
-    data = VOC(args.root or shipped("toyvoc"), args.split)
-    refine = None if args.refine == "none" else args.refine
-    options = {"scales": tuple(args.scales), "flip": args.flip, "refine": refine, **_map_options(args.method, record)}
-    written = write_labels(model, data, args.background, args.out, limit=args.limit, **options)
-    print(f"{args.out}: {written} pseudo labels of {args.method} written at {args.background}, "
-          f"refined by {args.refine}; those that were there already are kept")
+    with distributed.processes(args.device) as device:
+        model, record = _trained(args.checkpoint, args.backbone, device)
+        data = _open(record, args.root, args.split)
+        refine = None if args.refine == "none" else args.refine
+        options = {"scales": tuple(args.scales), "flip": args.flip, "refine": refine, "size": args.size,
+                   "limit": args.limit, "progress": _first_process(), **_map_options(args.method, record)}
+        written = write_labels(model, data, args.background, args.out, **options)
+        written = distributed.total_counts(written)
+    if _first_process():
+        print(f"{args.out}: {written} pseudo labels of {args.method} written at {args.background}, "
+              f"refined by {args.refine}; those that were there already are kept")
+
+
+def _open(record: dict | None, root: str | None, split: str, truth: bool = False) -> VOC | COCO:
+    """The split of the data that the weights were trained on; with all truths that a score can use, or none."""
+    from .data.sample import TRUTHS
+    from .data.splits import open_split
+
+    data = (record or {}).get("recipe", {}).get("data", "toyvoc")
+    if root is None and data != "toyvoc":
+        raise ValueError(f"root: found none, expected the folder that holds {data}: only toyvoc ships")
+    truths = TRUTHS if data == "toyvoc" else ("mask",)
+    return open_split(data, root or shipped("toyvoc"), split, truths if truth else ())
 
 
 def _map_options(method: str, record: dict | None) -> dict:
@@ -162,39 +194,56 @@ def _check_methods(methods: list[str], known: Iterable[str]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score a checkpoint's maps, or the masks of a network that segments, on a split of ToyVOC."""
-    from .data.sample import TRUTHS
-    from .data.voc import VOC
+    """Score a checkpoint's maps, or the masks of a network that segments, on a split with masks."""
     from .ledgers import add_row, study_row, write_results
-    from .reports import MAPS, localize_split, report
-    from .segmentation import segmentation_report
+    from .reports import MAPS
+    from .training import distributed
 
     _check_device(args.device)
     _check_methods(args.methods, [*MAPS, "segmentation"])
-    model, record = _trained(args.checkpoint, args.backbone, args.device)
-    data = VOC(args.root or shipped("toyvoc"), args.split, truth=TRUTHS)
-    options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit}
-    result = {}
-    for method in args.methods:
-        if method == "segmentation":
-            result[method] = segmentation_report(model, data, **options)
-            continue
-        of_map = {"power": 1., **options, **_map_options(method, record)}
-        split = localize_split(model, data, **of_map)
-        for refine in args.refine:
-            name = method if refine == "none" else f"{method}+{refine}"
-            result[name] = report(model, data, background=args.background, split=split,
-                                  refine=None if refine == "none" else refine, **of_map)
+    with distributed.processes(args.device) as device:
+        model, record = _trained(args.checkpoint, args.backbone, device)
+        data = _open(record, args.root, args.split, truth=True)
+        result = _scores(model, data, record, args)
+    if not _first_process():
+        return
     if args.results:
         write_results(args.results, result)
     if args.study:
         add_row(args.study, study_row(args.name, record, result))
     for name, r in result.items():
-        scores = (f"mIoU {100 * r['miou']:.1f}" if name == "segmentation" else
-                  f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * r['best']['miou']:.1f} at "
-                  f"{r['best']['background']} (oracle), {100 * r['fixed']['miou']:.1f} at {r['fixed']['background']}; "
-                  f"coverage {r['coverage']}; background called foreground {r['background_called_foreground']}")
-        print(f"{name}, {r['split']}, {r['pictures']} pictures, labels {r['labels']}: {scores}")
+        print(f"{name}, {r['split']}, {r['pictures']} pictures, labels {r['labels']}: {_in_words(r)}")
+
+
+def _scores(model: nn.Module, data, record: dict | None, args: argparse.Namespace) -> dict[str, dict]:
+    """A report of each method and refinement: by the method's name, a refinement's after a plus."""
+    from .reports import localize_split, report
+    from .segmentation import segmentation_report
+
+    options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit, "progress": _first_process()}
+    options |= {"size": args.size} if args.size else {}
+    refinements = {r: None if r == "none" else r for r in args.refine}
+    result = {}
+    for method in args.methods:
+        if method == "segmentation":  # of masks there is the CRF alone
+            kinds = {r: kind for r, kind in refinements.items() if kind in (None, "crf")} or {"none": None}
+            found = {r: segmentation_report(model, data, refine=kind, **options) for r, kind in kinds.items()}
+        else:
+            of_map = {"power": 1., **options, **_map_options(method, record)}
+            split = localize_split(model, data, **of_map)
+            given = {"background": args.background, "split": split, **of_map}
+            found = {r: report(model, data, refine=kind, **given) for r, kind in refinements.items()}
+        result |= {method if r == "none" else f"{method}+{r}": scores for r, scores in found.items()}
+    return result
+
+
+def _in_words(r: dict) -> str:
+    if "best" not in r:
+        return f"mIoU {100 * r['miou']:.1f}"
+    phenomena = (f"; coverage {r['coverage']}; background called foreground {r['background_called_foreground']}"
+                 if "coverage" in r else "")
+    return (f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * r['best']['miou']:.1f} at {r['best']['background']} "
+            f"(oracle), {100 * r['fixed']['miou']:.1f} at {r['fixed']['background']}{phenomena}")
 
 
 def predict(args: argparse.Namespace) -> None:

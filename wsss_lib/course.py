@@ -67,7 +67,8 @@ def preflight(profile: str = "toy", data_root: str | Path | None = None, device:
     steps, lr = {"toy": (60, 1e-3), "full": (2000, 5e-4), "voc": (6000, 5e-5), "coco": (40000, 5e-5)}[profile]
     print(f"profile {profile} on {device}: {len(train)} pictures to learn from, {len(val)} to score on ({val.split}), "
           f"backbone {backbone} at {size} px")
-    return Course(profile, device, train, val, backbone, size, steps, batch_size, lr, 1000 if profile == "coco" else None)
+    limit = 1000 if profile == "coco" else None
+    return Course(profile, device, train, val, backbone, size, steps, batch_size, lr, limit)
 
 
 def _large_toyvoc() -> Path:

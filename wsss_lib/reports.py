@@ -4,22 +4,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from .data.toyvoc import CONTEXT_ID, PART_GROUPS, QUADRUPEDS
-from .data.transforms import EvalTransform
+from .data.transforms import EvalTransform, scaled_views
 from .data.voc import VOC_CLASSES, encode_mask
 from .evaluation import ConfusionMatrix, Scores, ThresholdSweep, mean_average_precision
 from .localization import localize, normalize_maps
 from .localization.cam import eval_mode
 from .phenomena import ContextActivation, PartCoverage
 from .refinement import affinity_maps, crf_labels, pseudo_labels, scored_maps
+from .training import distributed
 
 FIXED_BACKGROUND = .4      # the threshold reported beside the oracle's: chosen before any score was seen
 
@@ -53,22 +55,24 @@ MAPS: dict[str, dict] = {
 class LocalizedSplit:
     """Everything a score needs of a split, in memory: maps at the token grid, truths at picture size.
 
-    logits, labels (N, C); maps (N, C, h, w); samples: the N data set items with their truths.
+    logits, labels (N, C); maps (N, C, h, w), or a list of N maps (C, h, w) where grids differ; samples: the N data
+    set items with their truths. With several processes these are one's share of the split; sums go over all.
     refine: what is done to the scores ("par", "pamr", as `pseudo_labels` does) or to the masks ("crf", as
-    `crf_labels` does), None for nothing.
+    `crf_labels` does), None for nothing. crf: options of `crf_labels`.
     """
 
     name: str
     logits: Tensor
     labels: Tensor
-    maps: Tensor
+    maps: Tensor | list[Tensor]
     samples: list
     refine: str | None = None
+    crf: dict = field(default_factory=dict)
 
     def _picture(self, i: int) -> dict:
         image = torch.as_tensor(self.samples[i].image)[None]
         refine = None if self.refine == "crf" else self.refine
-        return {"maps": self.maps[i:i + 1], "labels": self.labels[i:i + 1], "images": image, "refine": refine}
+        return {"maps": self.maps[i][None], "labels": self.labels[i:i + 1], "images": image, "refine": refine}
 
     def scores(self, i: int) -> Tensor:
         """(1, C, H, W): the maps of picture i, normalised to [0, 1], at its size; absent classes are zero. A CRF,
@@ -79,47 +83,61 @@ class LocalizedSplit:
         """(H, W): the pseudo label of picture i."""
         picture = self._picture(i)
         masks = pseudo_labels(**picture, background=background)
-        return (crf_labels(masks, picture["labels"], picture["images"]) if self.refine == "crf" else masks)[0]
+        if self.refine == "crf":
+            masks = crf_labels(masks, picture["labels"], picture["images"], **self.crf)
+        return masks[0]
 
 
 @torch.no_grad()
 def localize_split(model: nn.Module, data, method: str = "cam", batch_size: int = 50,
                    progress: bool = True, size: int | None = None, limit: int | None = None,
-                   power: float = 1., minmax: bool = False, refine: str | None = None,
-                   **options) -> LocalizedSplit:
+                   power: float = 1., minmax: bool = False, refine: str | None = None, crf: dict | None = None,
+                   places: Sequence[int] | None = None, **options) -> LocalizedSplit:
     """Run a model over a data set, image-level labels given; `options` go to `localize`, or with the method
     "affinity" to `affinity_maps`.
 
     minmax, power: each map has its minimum subtracted and is divided by its maximum, then raised to the power.
-    size: pictures are resized to size x size for the model (truths keep theirs); None: they all have one
-    size. limit: the first so many pictures only.
+    size: pictures are resized to size x size for the model (truths keep theirs); None: as they are, and those of
+    one size share a pass. limit: the first so many pictures only. places: these pictures; None: this process's
+    `distributed.share` of them, all if it is the only one.
+    Raises ValueError where there are fewer pictures than processes, and as `localize`.
     """
+    if places is None:
+        places = distributed.share(len(data) if limit is None else min(len(data), limit))
+    if not places:
+        raise ValueError(f"{data.split}: found fewer pictures than the {distributed.world_size()} processes")
     device = next(model.parameters()).device
     transform = EvalTransform(size, mean=model.data_config["mean"], std=model.data_config["std"])
     samples, logits, maps, labels = [], [], [], []
-    count = len(data) if limit is None else min(len(data), limit)
-    starts = range(0, count, batch_size)
+    starts = range(0, len(places), batch_size)
     for start in tqdm(starts, desc=f"{method} on {data.split}", disable=not progress):
-        chunk = [data[i] for i in range(start, min(start + batch_size, count))]
-        images = torch.stack([transform(sample)["image"] for sample in chunk]).to(device)
-        present = torch.stack([sample.labels for sample in chunk])
-        with eval_mode(model):
-            logits.append(model(images).float().cpu())
-        if method == "affinity":
-            found = affinity_maps(model, images, present.to(device), **options)
-        else:
-            found = localize(model, images, present.to(device), method=method, **options)
-        maps.append((normalize_maps(found, "minmax") if minmax else found).pow(power).cpu())
-        labels.append(present)
-        samples.extend(chunk)
-    return LocalizedSplit(data.split, torch.cat(logits), torch.cat(labels), torch.cat(maps), samples, refine)
+        chunk = [data[i] for i in places[start:start + batch_size]]
+        for _, group in groupby(chunk, lambda sample: sample.image.shape):
+            group = list(group)
+            images = torch.stack([transform(sample)["image"] for sample in group]).to(device)
+            present = torch.stack([sample.labels for sample in group])
+            _, _, fitting = next(iter(scaled_views(images, (1.,), False, model.patch_stride)))
+            with eval_mode(model):
+                logits.append(model(fitting).float().cpu())
+            if method == "affinity":
+                found = affinity_maps(model, images, present.to(device), **options)
+            else:
+                found = localize(model, images, present.to(device), method=method, **options)
+            maps.extend((normalize_maps(found, "minmax") if minmax else found).pow(power).cpu())
+            labels.append(present)
+            samples.extend(group)
+    same = len({m.shape for m in maps}) == 1
+    return LocalizedSplit(
+        data.split, torch.cat(logits), torch.cat(labels), torch.stack(maps) if same else maps, samples, refine,
+        crf or {})
 
 
 def sweep_thresholds(split: LocalizedSplit) -> ThresholdSweep:
     """The mIoU of every background threshold of a split's pseudo labels, in one pass."""
-    sweep = ThresholdSweep(split.maps.shape[1])
+    sweep = ThresholdSweep(split.labels.shape[1])
     for i, sample in enumerate(split.samples):
         sweep.update(split.scores(i), torch.as_tensor(sample.mask)[None])
+    sweep.histogram = distributed.total_counts(sweep.histogram)
     return sweep
 
 
@@ -133,6 +151,10 @@ def measure_phenomena(split: LocalizedSplit, background: float) -> tuple[PartCov
         mask = torch.as_tensor(sample.mask)
         coverage.update(prediction, mask, torch.as_tensor(sample.parts))
         activation.update(prediction, mask, torch.as_tensor(sample.contexts), sample.labels)
+    for counted in (coverage, activation):
+        for name in ("hits", "pixels", "background_hits", "background_pixels"):
+            if hasattr(counted, name):
+                setattr(counted, name, distributed.total_counts(getattr(counted, name)))
     return coverage, activation
 
 
@@ -143,47 +165,55 @@ def _rounded(value: float) -> float | None:
 
 def report(model: nn.Module, data, method: str = "cam", background: float = FIXED_BACKGROUND,
            progress: bool = True, split: LocalizedSplit | None = None, **options) -> dict:
-    """Score a model's maps on a split of ToyVOC opened with all truths: plain numbers, ready for JSON.
+    """Score a model's maps on a split opened with its masks: plain numbers, ready for JSON.
 
     best: the threshold that maximises mIoU on this very split, an oracle; fixed: the one given. Coverage and
-    context activation are measured at the best threshold, where the labels are at their most complete. None
-    stands where there was no pixel to measure. options: as of `localize_split`. With refine="crf" both thresholds
-    are those of the masks that go into the CRF, and the scores those of the masks that come out.
+    context activation are measured at the best threshold, where the labels are at their most complete; they need
+    the parts and contexts of drawn pictures, and are left out without. None stands where there was no pixel to
+    measure. With several processes each has its share, and all return the report of the whole split.
+    options: as of `localize_split`. With refine="crf" both thresholds are those of the masks that go into the CRF,
+    and the scores those of the masks that come out.
     split: what `localize_split` made of the same arguments but for refine; the network then need not run again.
     """
     started = time.perf_counter()
     if split is None:
         split = localize_split(model, data, method, progress=progress, **options)
-    split = replace(split, refine=options.get("refine"))
+    split = replace(split, refine=options.get("refine"), crf=options.get("crf") or {})
+    logits, labels = distributed.gather(split.logits), distributed.gather(split.labels)
     sweep = sweep_thresholds(split)
     best = sweep.best(split.name)
     thresholds, miou = sweep.curve()
     chosen = float(thresholds[miou.argmax()])
-    coverage, activation = measure_phenomena(split, chosen)
-    rates = {c: {k: _rounded(r) for k, r in zip(CONTEXT_ID, row) if not math.isnan(r)}
-             for c, row in zip(VOC_CLASSES, activation.rates())}
+    phenomena = {}
+    if all(sample.parts is not None and sample.contexts is not None for sample in split.samples):
+        coverage, activation = measure_phenomena(split, chosen)
+        phenomena = {
+            "coverage": {k: _rounded(v) for k, v in coverage.coverage().items()},
+            "background_called_foreground": _rounded(activation.background_rate()),
+            "context_activation": {
+                c: {k: _rounded(r) for k, r in zip(CONTEXT_ID, row) if not math.isnan(r)}
+                for c, row in zip(VOC_CLASSES, activation.rates())}}
     fixed = sweep.scores_at(background, split.name)
     if split.refine == "crf":
         best, fixed = (replace(scores_of(split, t), oracle=s.oracle) for t, s in ((chosen, best), (background, fixed)))
     return {
         "method": method, "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-        "split": split.name, "pictures": len(split.samples), "labels": "given",
+        "split": split.name, "pictures": len(labels), "labels": "given",
         "device": next(model.parameters()).device.type,
-        "mean_average_precision": _rounded(mean_average_precision(split.logits, split.labels)[0]),
+        "mean_average_precision": _rounded(mean_average_precision(logits, labels)[0]),
         "best": {"background": round(chosen, 2), "miou": _rounded(best.miou), "oracle": best.oracle,
                  "iou": [_rounded(v) for v in best.iou]},
         "fixed": {"background": background, "miou": _rounded(fixed.miou), "oracle": fixed.oracle},
-        "coverage": {k: _rounded(v) for k, v in coverage.coverage().items()},
-        "background_called_foreground": _rounded(activation.background_rate()),
-        "context_activation": rates, "seconds": round(time.perf_counter() - started, 1),
+        **phenomena, "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def scores_of(split: LocalizedSplit, background: float) -> Scores:
     """The scores of a split's pseudo labels at one threshold, mask by mask: what a sweep cannot know of a CRF."""
-    confusion = ConfusionMatrix(split.maps.shape[1])
+    confusion = ConfusionMatrix(split.labels.shape[1])
     for i, sample in enumerate(split.samples):
         confusion.update(split.pseudo_labels(i, background), torch.as_tensor(sample.mask))
+    confusion.counts = distributed.total_counts(confusion.counts)
     return confusion.scores(split.name)
 
 
@@ -192,17 +222,16 @@ def write_labels(model: nn.Module, data, background: float, folder: str | Path, 
     """Write the pseudo labels of a data set as palette PNGs, NAME.png; return how many were not there already.
 
     No truth is opened or needed. options: as of `localize_split`. Each file is written beside its place and
-    renamed, so an interrupted run leaves whole files, and goes on with the pictures that have none.
+    renamed, so an interrupted run leaves whole files, and goes on with the pictures that have none. Of several
+    processes each has its share, and counts that alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     count = len(data) if limit is None else min(len(data), limit)
-    missing = [i for i in range(count) if not (folder / f"{data.names[i]}.png").exists()]
+    missing = [i for i in distributed.share(count) if not (folder / f"{data.names[i]}.png").exists()]
     bar = tqdm(total=len(missing), desc=f"pseudo labels of {data.split}", disable=not progress)
     for start in range(0, len(missing), chunk):
-        part = Subset(data, missing[start:start + chunk])
-        part.split = data.split
-        split = localize_split(model, part, progress=False, **options)
+        split = localize_split(model, data, places=missing[start:start + chunk], progress=False, **options)
         for i, sample in enumerate(split.samples):
             _write_mask(folder / f"{sample.name}.png", split.pseudo_labels(i, background))
             bar.update()
@@ -218,7 +247,7 @@ def _write_mask(path: Path, mask: Tensor) -> None:
 
 def write_pseudo_labels(split: LocalizedSplit, background: float, folder: str | Path) -> Scores:
     """Write a split's pseudo labels as palette PNGs, named like the pictures, and scores.json beside them."""
-    folder, confusion = Path(folder), ConfusionMatrix(split.maps.shape[1])
+    folder, confusion = Path(folder), ConfusionMatrix(split.labels.shape[1])
     folder.mkdir(parents=True, exist_ok=True)
     for i, sample in enumerate(split.samples):
         mask = split.pseudo_labels(i, background)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from tqdm.auto import tqdm
 
 from .data.transforms import EvalTransform, scaled_views
 from .evaluation import ConfusionMatrix
+from .kernels.dense_crf import dense_crf, unary_from_probabilities
 from .localization.cam import eval_mode
+from .training import distributed
 
 
 @torch.no_grad()
@@ -50,27 +53,40 @@ def segmentation_report(
     batch_size: int = 50,
     size: int | None = None,
     progress: bool = True,
+    refine: str | None = None,
+    crf: dict | None = None,
 ) -> dict:
     """Score a network's masks on a split opened with its masks: plain numbers, ready for JSON.
 
     size: pictures are resized to size x size for the network, its probabilities back to the picture's size;
-    None: pictures of one size. limit: the first so many pictures only. There is no threshold and no label:
-    each pixel has the label of its highest probability.
+    None: as they are. limit: the first so many pictures only. There is no threshold and no label: each pixel has
+    the label of its highest probability, with refine "crf" after `dense_crf` (crf: its options). Of several
+    processes each has its share; all return the whole report. Raises ValueError for another refine.
     """
+    if refine not in (None, "crf"):
+        raise ValueError(f"refine: found {refine!r}, expected None or 'crf'")
     started = time.perf_counter()
     device = next(model.parameters()).device
     transform = EvalTransform(size, mean=model.data_config["mean"], std=model.data_config["std"])
     confusion = ConfusionMatrix(model.num_classes)
     count = len(data) if limit is None else min(len(data), limit)
-    for start in tqdm(range(0, count, batch_size), desc=f"segmenting {data.split}", disable=not progress):
-        chunk = [data[i] for i in range(start, min(start + batch_size, count))]
-        images = torch.stack([transform(sample)["image"] for sample in chunk]).to(device)
-        for sample, scores in zip(chunk, segment(model, images, scales, flip)):
-            truth = torch.as_tensor(sample.mask)
-            if scores.shape[-2:] != truth.shape:
-                scores = F.interpolate(scores[None], truth.shape, mode="bilinear", align_corners=False)[0]
-            confusion.update(scores.argmax(dim=0).cpu(), truth)
+    places = distributed.share(count)
+    for start in tqdm(range(0, len(places), batch_size), desc=f"segmenting {data.split}", disable=not progress):
+        chunk = [data[i] for i in places[start:start + batch_size]]
+        for _, group in groupby(chunk, lambda sample: sample.image.shape):
+            group = list(group)
+            images = torch.stack([transform(sample)["image"] for sample in group]).to(device)
+            for sample, scores in zip(group, segment(model, images, scales, flip)):
+                truth = torch.as_tensor(sample.mask)
+                if scores.shape[-2:] != truth.shape:
+                    scores = F.interpolate(scores[None], truth.shape, mode="bilinear", align_corners=False)[0]
+                if refine == "crf":
+                    unary = unary_from_probabilities(scores[None].cpu())
+                    scores = dense_crf(unary, torch.as_tensor(sample.image)[None], **(crf or {}))[0]
+                confusion.update(scores.argmax(dim=0).cpu(), truth)
+    confusion.counts = distributed.total_counts(confusion.counts)
     found = confusion.scores(data.split)
-    return {"options": {"scales": list(scales), "flip": flip}, "split": data.split, "pictures": count, "labels": "none",
-            "miou": round(float(found.miou), 4), "iou": [round(float(v), 4) if v == v else None for v in found.iou],
+    return {"options": {"scales": list(scales), "flip": flip, "refine": refine}, "split": data.split,
+            "pictures": count, "labels": "none", "miou": round(float(found.miou), 4),
+            "iou": [round(float(v), 4) if v == v else None for v in found.iou],
             "seconds": round(time.perf_counter() - started, 1)}

@@ -1,4 +1,4 @@
-"""Pictures with pseudo labels in place of truths: what a segmentation network is retrained on."""
+"""Pictures with what other models say of them: pseudo labels in place of truths, saliency maps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
-from .sample import Sample, read_mask
+from .sample import Sample, read_image, read_mask
 
 
-class PseudoLabelled(Dataset):
+class _WithFolder(Dataset):
+    """A data set and a folder with a file NAME.png for each of its pictures."""
+
+    def __init__(self, data: Dataset, folder: str | Path) -> None:
+        self.data, self.folder = data, Path(folder)
+        self.names, self.labels, self.num_classes = data.names, data.labels, data.num_classes
+        self.split = data.split
+        missing = [name for name in self.names if not self._path(name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{self.folder}: found no {missing[0]}.png, nor those of {len(missing) - 1} other "
+                                    f"pictures, expected {len(self.names)} {self.kind}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.png"
+
+
+class PseudoLabelled(_WithFolder):
     """A data set whose masks are those of a folder, NAME.png for the picture called NAME.
 
     data: a `VOC` or `COCO` data set; its own truths are not opened where it was made without `truth`.
@@ -21,22 +41,29 @@ class PseudoLabelled(Dataset):
     values.
     """
 
-    def __init__(self, data: Dataset, folder: str | Path) -> None:
-        self.data, self.folder = data, Path(folder)
-        self.names, self.labels, self.num_classes = data.names, data.labels, data.num_classes
-        self.split = data.split
-        missing = [name for name in self.names if not self._path(name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{self.folder}: found no {missing[0]}.png, nor those of {len(missing) - 1} other "
-                                    f"pictures, expected {len(self.names)} pseudo labels")
-
-    def __len__(self) -> int:
-        return len(self.names)
+    kind = "pseudo labels"
 
     def __getitem__(self, i: int) -> Sample:
         sample = self.data[i]
         size = sample.image.shape[-2:]
         return replace(sample, mask=read_mask(self._path(sample.name), self.num_classes, size, sample.name))
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.png"
+
+class WithSaliency(_WithFolder):
+    """A data set whose pictures have the saliency maps of a folder, NAME.png in grey for the picture called NAME.
+
+    Attributes and errors as of `PseudoLabelled`.
+    """
+
+    kind = "saliency maps"
+
+    def __getitem__(self, i: int) -> Sample:
+        sample = self.data[i]
+        path, size = self._path(sample.name), tuple(sample.image.shape[-2:])
+        channels = read_image(path)  # (3, H, W), whatever the file's mode
+        if not (channels == channels[:1]).all():
+            raise ValueError(f"{path}: found colours, expected a grey map, 0..255")
+        if tuple(channels.shape[-2:]) != size:
+            found = tuple(channels.shape[-2:])
+            raise ValueError(f"{path}: found {found} (height, width), expected {size}, the picture's")
+        return replace(sample, saliency=tv_tensors.Image(channels[:1]))

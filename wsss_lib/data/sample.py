@@ -29,6 +29,7 @@ class Sample:
     instances: tv_tensors.Mask | None = None  # uint8 (H, W): 0 background, 1..k, 255 border
     parts: tv_tensors.Mask | None = None  # uint8 (H, W): drawn data only: 0 none, else part id
     contexts: tv_tensors.Mask | None = None  # uint8 (H, W): drawn data only: 0 under objects, else kind
+    saliency: tv_tensors.Image | None = None  # uint8 (1, H, W), 255 stands out: no truth, another model's opinion
 
     def __post_init__(self) -> None:
         size = tuple(self.image.shape[-2:])
@@ -36,6 +37,9 @@ class Sample:
             if tuple(truth.shape) != size:
                 shape = tuple(truth.shape)
                 raise ValueError(f"sample {self.name}: {field} has shape {shape}, the picture {size}")
+        if self.saliency is not None and tuple(self.saliency.shape) != (1, *size):
+            shape = tuple(self.saliency.shape)
+            raise ValueError(f"sample {self.name}: saliency has shape {shape}, expected {(1, *size)}")
 
     def truths(self) -> dict[str, tv_tensors.Mask]:
         """The masks this sample has, by field name."""

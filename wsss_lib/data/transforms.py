@@ -31,7 +31,8 @@ class TrainTransform:
     Returns image float32 (3, S, S) normalised, 0 (the mean colour) in the padding; labels, as they were: the
     crop may have lost an object; name; box long (4,), (y0, x0, y1, x1), the part of the crop that is picture;
     with keep_uint8 image_uint8 (3, S, S), the crop as the network sees it, the mean colour in the padding;
-    each truth that the sample has, long (S, S), 255 in the padding.
+    each truth that the sample has, long (S, S), 255 in the padding; a saliency map, float (S, S) in [0, 1], 0 in the
+    padding.
 
     Randomness is from torch's global generator. The picture is resized bilinearly with antialias, masks
     with nearest-exact, whose pixel centres are those of the bilinear resize.
@@ -94,6 +95,8 @@ class TrainTransform:
             out["image_uint8"] = F.pad(picture, padding, fill=[round(255 * m) for m in self.mean])
         for field, truth in sample.truths().items():
             out[field] = F.pad(crop(_resize_mask(truth, size)), padding, fill=IGNORE)[0].long()
+        if sample.saliency is not None:
+            out["saliency"] = F.pad(crop(_resize(sample.saliency, size)), padding, fill=0)[0].float() / 255
         return out
 
     def _place(self, length: int) -> tuple[int, int, int]:

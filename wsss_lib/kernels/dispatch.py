@@ -21,7 +21,8 @@ def choose_backend(backend: str, tensor: Tensor, uses_dot: bool = False) -> str:
 
     backend: "auto" takes Triton on CUDA devices where it is installed; a kernel built on `tl.dot` (uses_dot)
     needs compute capability 8.0 as well: below, Triton emits no tensor-core instruction and PyTorch's own
-    matrix products win; and at most 64 numbers in the last dimension, whose rows its tiles hold. "triton" insists, on CUDA or, under TRITON_INTERPRET=1, on the CPU (slow: for tests).
+    matrix products win; and at most 64 numbers in the last dimension, whose rows its tiles hold. "triton" insists,
+    on CUDA or, under TRITON_INTERPRET=1, on the CPU (slow: for tests).
     Raises ValueError for another name, and for "triton" where it cannot run.
     """
     if backend not in BACKENDS:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,11 +33,13 @@ def save_checkpoint(
     history: list[dict],
     config: dict,
     pending: dict | None = None,
+    scaler: dict | None = None,
 ) -> None:
     """Write model, optimiser state and the run's numbers to the file `path`, all or nothing.
 
     step: steps completed. seconds: training time so far. history: the log's rows. config: JSON-able settings
-    that a resumed run must share. pending: JSON-able sums that belong to the next, unfinished row.
+    that a resumed run must share. pending: JSON-able sums that belong to the next, unfinished row. scaler: JSON-able
+    state of float16's scaling.
     The optimiser's state is saved (moments, step counts), its settings (learning rate, betas) are not.
 
     Raises OSError where the file cannot be written, TypeError for numbers that JSON cannot hold.
@@ -50,13 +54,14 @@ def save_checkpoint(
                 scalars[f"{index}.{name}"] = value
     numbers = {
         "step": step, "seconds": seconds, "history": history, "config": config, "pending": pending or {},
+        "scaler": scaler or {},
         "optimizer_scalars": scalars, "optimizer_groups": [len(g["params"]) for g in state["param_groups"]],
     }  # fmt: skip
     _write(path, tensors, {"format": FORMAT, "version": str(VERSION), "numbers": json.dumps(numbers)})
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """Load `path` into `model` and, if given, `optimizer`; dict(step, seconds, history, config, pending).
+    """Load `path` into `model` and, if given, `optimizer`; dict(step, seconds, history, config, pending, scaler).
 
     Everything is checked before anything is changed: after an error model and optimiser are as they were.
 
@@ -73,7 +78,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
     model.load_state_dict(weights)
     if optimizer is not None:
         optimizer.load_state_dict(state)
-    return {name: numbers[name] for name in ("step", "seconds", "history", "config", "pending")}
+    return {name: numbers[name] for name in ("step", "seconds", "history", "config", "pending", "scaler")}
 
 
 def check_config(path: str | Path, config: dict, free: tuple[str, ...] = ()) -> None:
@@ -91,14 +96,12 @@ def write_log(path: str | Path, rows: list[dict]) -> None:
     """Replace the file `path` by `rows`, one JSON object per line, all or nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _replace(temporary, path)
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_log(path: str | Path, row: dict) -> None:
     """Add one line to the file `path`."""
-    with open(path, "a", encoding="utf-8") as file:
+    with _naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -133,24 +136,36 @@ def save_weights(
     _write(path, tensors, header)
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    """Flush `temporary` to disk and rename it to `path`, which is then either the old file or the new one."""
-    with open(temporary, "r+b") as file:
-        os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
-    os.replace(temporary, path)
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """A failed write says what it failed for: the system names no file when it is the disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush, rename: the file is then the old one or the new one, never a part of it."""
+    temporary = path.with_name(f".{path.name}.tmp")  # same folder: renames do not cross disks
+    with _naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # same folder: renames do not cross disks
     # Copies, since safetensors refuses tensors that share memory (tied weights).
     copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
-    try:
-        save_file(copies, temporary, metadata)
-        _replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Not safetensors' save_file: a full disk would be no OSError, and a killed save would leave a file of random name.
+    _replace(path, save(copies, metadata))
 
 
 def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 def processes(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did; yields this one's device.
 
-    "cuda" becomes this process's own GPU, with NCCL; other devices talk by gloo. The group ends with the block.
+    "cuda" becomes this process's own GPU, with NCCL; other devices talk by gloo. The group ends with the outermost
+    block.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield device
@@ -32,6 +34,9 @@ def processes(device: str) -> Iterator[str]:
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
@@ -60,6 +65,39 @@ def total(values: Tensor) -> Tensor:
 def average(values: Tensor) -> Tensor:
     """The mean over the processes, without gradient."""
     return total(values) / world_size()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def share(count: int) -> range:
+    """The numbers below `count` that are this process's: rank, rank + world_size, ..."""
+    return range(rank(), count, world_size())
+
+
+def total_counts(counts: np.ndarray | int) -> np.ndarray | int:
+    """Whole numbers, of one shape everywhere, summed over the processes."""
+    if world_size() == 1:
+        return counts
+    summed = total(torch.as_tensor(counts, device=_device())).cpu()
+    return summed.numpy() if isinstance(counts, np.ndarray) else int(summed)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(n, ...) of this process's `share` -> (N, ...) of all, in the order of the whole."""
+    if world_size() == 1:
+        return rows
+    whole = rows.new_zeros(total_counts(len(rows)), *rows.shape[1:], device=_device())
+    whole[rank()::world_size()] = rows.to(whole.device)
+    return total(whole).to(rows.device)
+
+
+def _device() -> str:
+    """Where tensors have to be that the processes exchange."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def per_count(sums: Tensor, counts: Tensor, least: float = 0, more: float = 0) -> Tensor:
@@ -93,3 +131,8 @@ def objective(model: nn.Module, loss: Callable) -> nn.Module:
     ids = [device.index] if device.type == "cuda" else None
     # A stage of a method may leave heads without gradient; those that no process uses stay without.
     return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+
+
+def apart(module: nn.Module) -> AbstractContextManager:
+    """Within the block gradients of an `objective` stay with their process: for all but the last part of a batch."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from wsss_lib.training import checkpoints, distributed
-from wsss_lib.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
+from . import checkpoints, distributed
+from .interrupts import noted_signals
+from .loader import Batch, batches, count_pictures, parts, to_device
+from .optimizers import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
+from .precision import AMP, half_type, make_scaler
 
-Batch = dict[str, Any]
 # What may differ between the run that saved a checkpoint and the run that resumes it.
 FREE_FIELDS = ("device", "workers", "save_every", "log_every", "plain_attention")
 
@@ -39,7 +37,9 @@ class TrainConfig:
     optimizer: "adamw" (betas) or "sgd" (momentum). lr_factors: of parameters by name, as of `make_optimizer`.
     schedule: down to final_lr, a factor of lr, by "cosine" or "poly" with `power` (published: its jump, see
     `warmup_poly`). From step late_from on the rate is multiplied by late_factor.
-    bf16: autocast on cuda and cpu (other devices train in float32). clip: largest gradient norm, 0 for none.
+    amp: mixed precision, "auto", "bf16", "fp16" or "off", as of `precision.half_type`.
+    accumulate: parts that a batch is cut into, one on the device at a time; their losses are averaged, so what
+        divides by a count of pixels or pairs is divided part by part. clip: largest gradient norm, 0 for none.
     workers: processes that prepare batches, 0 for the training process. save_every, log_every: in steps.
     plain_attention: on the CPU, use the context manager of that name; False for a loss that needs the fused
         call (an AttentionTape sees nothing else).
@@ -54,7 +54,8 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     device: str = "cpu"
-    bf16: bool = True
+    amp: str = "auto"
+    accumulate: int = 1
     workers: int = 0
     save_every: int = 200
     log_every: int = 20
@@ -69,11 +70,12 @@ class TrainConfig:
     published: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
             if getattr(self, name) not in known:
                 expected = " or ".join(map(repr, known))
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
-        for name, least in (("steps", 1), ("save_every", 1), ("log_every", 1), ("workers", 0), ("seed", 0)):
+        positive = ("steps", "save_every", "log_every", "accumulate")
+        for name, least in (*((name, 1) for name in positive), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected {least} or more")
 
@@ -87,24 +89,28 @@ def train(
     resume: bool = True,
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     progress: bool = True,
+    settings: dict[str, Any] | None = None,
 ) -> list[dict]:
     """Train `model` in place for config.steps steps; return the history, one row per config.log_every steps.
 
     batch_at(step) -> dict with at least "image" (B, 3, H, W). A pure function of the step (0-based), whose
         randomness is derived from it, e.g. by `step_seed`; workers call it, so it stays off the GPU.
         Pictures are counted as image.shape[0], or as the int batch["pictures"] if there is one.
-    loss(model, batch, step) -> dict of named scalars, whose sum is minimised. It runs under bfloat16
-        autocast; the scalars must be float32 (or float64): compute them from `logits.float()`. Seeded is torch alone.
+    loss(model, batch, step) -> dict of named scalars, whose sum is minimised. It runs under autocast; the
+        scalars must be float32 (or float64): compute them from `logits.float()`. Seeded is torch alone.
     out: folder for `checkpoint.safetensors` (each save_every steps and at the end) and `log.jsonl` (rows).
     resume: go on from the checkpoint in `out` if there is one; a finished run only loads its weights.
     evaluate(model, step) -> numbers for the row, at each save, `step` steps completed, in eval mode.
+    settings: by name, what else the run depends on: a checkpoint with others is not resumed.
 
-    A row: step (completed), lr, each loss averaged since the last row, seconds, pictures, evaluate's numbers.
+    A row: step (completed), lr, each loss averaged since the last row, seconds, pictures, evaluate's numbers;
+    with float16 the scale of the losses.
     Rows fall on multiples of log_every, on saves and on the end. The model is left in eval mode.
 
     On Ctrl-C or SIGTERM the step in progress is finished and saved, then KeyboardInterrupt or SystemExit
     follows; a second signal does not wait. Raises FloatingPointError for a loss or gradient that is not
-    finite (the last checkpoint stays), FileExistsError for a checkpoint in the way of resume=False,
+    finite (the last checkpoint stays; float16 gradients may overflow, and their step is then left out, until the
+    scale is down to 1), FileExistsError for a checkpoint in the way of resume=False,
     ValueError for one with other settings and for batches or losses that break the rules above.
     """
     device = torch.device(config.device)
@@ -112,8 +118,10 @@ def train(
     forward, main = distributed.objective(model, loss), distributed.rank() == 0
     optimizer = make_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    autocast = config.bf16 and device.type in ("cpu", "cuda")
-    settings = json.loads(json.dumps(asdict(config)))  # as it will come back from the file: lists for tuples
+    half = half_type(config.amp, device)
+    scaler = make_scaler(half, device)
+    # as it will come back from the file: lists for tuples
+    settings = json.loads(json.dumps({**asdict(config), **(settings or {})}))
     done, before, history, pending = 0, 0.0, [], {"sums": {}, "pictures": 0}
     checkpoint = log = None
     if out is not None:
@@ -124,6 +132,7 @@ def train(
         checkpoints.check_config(checkpoint, settings, free=FREE_FIELDS)
         saved = checkpoints.load_checkpoint(checkpoint, model, optimizer)
         done, before, history, pending = (saved[k] for k in ("step", "seconds", "history", "pending"))
+        scaler.load_state_dict(saved["scaler"])
     if log and main:
         checkpoints.write_log(log, history)  # drops rows past the checkpoint: those steps are run again
 
@@ -134,7 +143,7 @@ def train(
 
     def save() -> None:
         if checkpoint and main:
-            state = (model, optimizer, done, elapsed(), history, settings, pending)
+            state = (model, optimizer, done, elapsed(), history, settings, pending, scaler.state_dict())
             checkpoints.save_checkpoint(checkpoint, *state)
 
     def close_step() -> None:
@@ -145,6 +154,7 @@ def train(
         row = {"step": done, "lr": learning_rate(config, done - 1)}
         row |= {name: total / count for name, (total, count) in pending["sums"].items()}
         row |= {"seconds": elapsed(), "pictures": pending["pictures"]}
+        row |= {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
         if saving and evaluate and main:
             numbers = evaluate(model.eval(), done)
             if clash := sorted(numbers.keys() & row.keys()):
@@ -161,34 +171,40 @@ def train(
     updating = False
     bar = tqdm(total=config.steps, initial=done, disable=not (progress and main), unit="step")
     plain = plain_attention(model) if config.plain_attention and device.type == "cpu" else nullcontext()
-    with bar, plain, _signals() as received:
+    with bar, plain, noted_signals() as received:
         try:
             model.train()
             close_step()  # a run stopped between a step and its row owes that row
-            for batch in _batches(batch_at, done, config, device):
-                count = _count(batch, done)
-                tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-                batch = batch | {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+            for batch in batches(batch_at, range(done, config.steps), config.workers, device):
+                count = count_pictures(batch, done)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, done) * group["factor"]
                 torch.manual_seed(step_seed(config.seed, done, distributed.rank()))
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    losses = forward(batch, done)
-                _check_losses(losses, done)
                 optimizer.zero_grad(set_to_none=True)
-                sum(losses.values()).backward()
+                found = []
+                for part, last in _until_last(parts(batch, config.accumulate)):
+                    with nullcontext() if last else distributed.apart(forward):
+                        with torch.autocast(device.type, half, enabled=half is not None):
+                            losses = forward(to_device(part, device), done)
+                        _check_losses(losses, done)
+                        scaler.scale(sum(losses.values()) / config.accumulate).backward()
+                    found.append({name: value.detach() for name, value in losses.items()})
+                scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
 
                 # One wait for the device per step, while the weights are still those of the last good step. The
                 # processes agree on what they see, and on stopping: a signal may have reached only one of them.
+                means = [torch.stack([f[name] for f in found]).mean() for name in losses]
                 stop = norm.new_tensor(float(len(received)))
-                numbers = distributed.average(torch.stack([*(v.detach() for v in losses.values()), norm, stop]))
+                numbers = distributed.average(torch.stack([*means, norm, stop]))
                 *numbers, norm, stop = numbers.tolist()
                 values = dict(zip(losses, numbers))
-                if not all(map(math.isfinite, (*numbers, norm))):
+                overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
+                if not all(map(math.isfinite, numbers)) or not (math.isfinite(norm) or overflow):
                     raise FloatingPointError(f"step {done}: found losses {values}, gradient norm {norm}")
                 updating = True
-                optimizer.step()
+                scaler.step(optimizer)  # or not, where gradients have overflowed
+                scaler.update()
                 done += 1
                 for name, value in values.items():
                     total, n = pending["sums"].get(name, (0.0, 0))
@@ -234,57 +250,9 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
             module.fused_attn = value
 
 
-@contextmanager
-def _signals() -> Iterator[list[BaseException]]:
-    """Note Ctrl-C and SIGTERM in the yielded list, so that no step is cut in two; the second one raises."""
-    received: list[BaseException] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-
-    def note(number: int, frame: Any) -> None:
-        received.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
-        if len(received) > 1:
-            raise received[-1]
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-@dataclass
-class _Steps:
-    batch_at: Callable[[int], Batch]
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.batch_at(step)
-
-
-def _batches(batch_at: Callable, start: int, config: TrainConfig, device: torch.device) -> DataLoader:
-    """The batches of steps start.., in order, prepared ahead where there are workers."""
-    workers = config.workers if start < config.steps else 0
-    # Forked workers need not pickle batch_at, often a closure in a notebook. PyTorch gives each one thread.
-    fork = workers and "fork" in multiprocessing.get_all_start_methods()
-    processes = {"multiprocessing_context": "fork" if fork else None, "worker_init_fn": _ignore_interrupt}
-    steps, pin = range(start, config.steps), device.type == "cuda"
-    return DataLoader(
-        _Steps(batch_at), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, **processes
-    )
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C in a terminal reaches the workers too: the training process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _count(batch: Batch, step: int) -> int:
-    if not isinstance(batch, dict) or "image" not in batch:
-        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f'batch_at({step}): found {found}, expected a dict with "image"')
-    return int(batch.get("pictures", batch["image"].shape[0]))
+def _until_last(items: list) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the last one."""
+    return ((item, k == len(items) - 1) for k, item in enumerate(items))
 
 
 def _check_losses(losses: dict[str, Tensor], step: int) -> None:

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
-from ..data.coco import COCO
-from ..data.pseudo import PseudoLabelled
+from ..data.pseudo import PseudoLabelled, WithSaliency
 from ..data.sample import Sample
+from ..data.splits import TRAIN_SPLITS, open_split
 from ..data.transforms import ClassificationTransform, TrainTransform
-from ..data.voc import VOC
 from ..models import create_model
 from ..ledgers import command_line, current_commit
 from . import distributed
@@ -35,37 +34,48 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     ship: str | Path | None = None,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    saliency: str | Path | None = None,
 ) -> nn.Module:
     """Train the recipe's network on the pictures below `root`; return it, in eval mode.
 
     out: folder for checkpoint and log (see `engine.train`), `model.safetensors` and its record `model.json`.
     init: weights to start from, as `create_model`'s `pretrained`. masks: the folder of pseudo labels, for the
     recipes that learn from one. The recipe's config has seed, device and workers. ship: a further file for the
-    weights, beside the backbone's own, which then holds only what the training changed.
+    weights, beside the backbone's own, which then holds only what the training changed. evaluate: see
+    `engine.train`. A checkpoint in `out` is gone on from if all of the recipe, the number of pictures and the name of
+    the masks' folder are the same. saliency: a folder of maps for getam, which otherwise looks at each picture's
+    contrast: good for drawn pictures only.
     Under torchrun each process has its part of every batch, and the first one writes; see `distributed`.
     Raises ValueError where masks are missing or not wanted, and as `create_model`, `VOC` and `train`.
     """
     if recipe.pseudo_labels != (masks is not None):
         found, expected = ("none", "a folder of pseudo labels") if masks is None else (masks, "none")
         raise ValueError(f"masks: found {found}, expected {expected} for the method {recipe.method}")
+    if saliency is not None and recipe.method != "getam":
+        raise ValueError(f"saliency: found {saliency}, expected none for the method {recipe.method}")
     with distributed.processes(recipe.config.device) as device:
         torch.manual_seed(recipe.config.seed)  # the new heads' first weights
-        data = training_data(recipe.data, root)
+        data = open_split(recipe.data, root, TRAIN_SPLITS[recipe.data])
         model = create_model(recipe.method, recipe.backbone, data.num_classes, init, **recipe.network)
         freeze(model, recipe.freeze)
         data = data if masks is None else PseudoLabelled(data, masks)
+        data = data if saliency is None else WithSaliency(data, saliency)
         share = distributed.rank(), distributed.world_size()
         batches = Batches(data, make_transform(recipe, model), recipe.batch_size, recipe.config.seed, *share)
         config = replace(recipe.config, device=device)
         objective = OBJECTIVES[recipe.method](**recipe.loss)
-        last = train(model, batches, objective, config, out, resume, progress=progress)[-1]
+        settings = {f"recipe.{name}": value for name, value in as_record(recipe).items() if name != "config"}
+        settings |= {"recipe.pictures": len(data), "recipe.masks": _name(masks), "recipe.saliency": _name(saliency)}
+        options = {"evaluate": evaluate, "progress": progress, "settings": settings}
+        last = train(model, batches, objective, config, out, resume, **options)[-1]
         if distributed.rank():
             return model
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
         "processes": share[1], "recipe": as_record(recipe), "num_classes": model.num_classes,
         "init": init if isinstance(init, bool) else Path(init).name,
-        "masks": None if masks is None else Path(masks).name,
+        "masks": _name(masks), "saliency": _name(saliency),
         "command": command_line(), "commit": current_commit(),
     }
     files = {Path(out, "model.safetensors"): None}
@@ -77,11 +87,8 @@ def fit(
     return model
 
 
-def training_data(name: str, root: str | Path) -> VOC | COCO:
-    """The pictures that are trained on, with image-level labels alone: of "toyvoc", "voc12" or "coco14"."""
-    if name == "coco14":
-        return COCO(root, "train")
-    return VOC(root, "train" if name == "toyvoc" else "train_aug")
+def _name(folder: str | Path | None) -> str | None:
+    return None if folder is None else Path(folder).name
 
 
 def make_transform(recipe: Recipe, model: nn.Module) -> Callable[[Sample], dict]:

@@ -18,7 +18,6 @@ from ..localization.cam import at_least_float32, eval_mode
 from ..refinement import (
     CompletedLabels,
     ContrastSaliency,
-    FolderSaliency,
     complete_labels,
     propagated_labels,
     reliable_labels,
@@ -117,9 +116,8 @@ class GetamObjective:
     makes its labels: `getam` by gradients of the class logits, which change no weight, PAMR, and label completion
     with a saliency map. Then the network is run again and learns from class, segmentation (background and
     foreground apart), saliency and dense energy. What lies outside of a picture's box teaches nothing.
-    folder: of saliency maps, see `FolderSaliency`; None: the contrast of each picture. start_layer, cut, opening,
-    published: as of `getam`, `complete_labels` and `dense_energy_loss`.
-    batch: image, labels, box, name and image_uint8.
+    start_layer, cut, opening, published: as of `getam`, `complete_labels` and `dense_energy_loss`.
+    batch: image, labels, box and image_uint8; saliency (B, H, W) in [0, 1], or else the contrast of each picture.
     """
 
     classify_until: int
@@ -127,7 +125,6 @@ class GetamObjective:
     cut: float = 0.9
     opening: int = 10
     energy_weight: float = 1e-7
-    folder: str | None = None
     published: bool = False
 
     def __call__(self, model: nn.Module, batch: dict, step: int) -> Losses:
@@ -148,12 +145,12 @@ class GetamObjective:
     def labels_of(self, model: nn.Module, batch: dict) -> CompletedLabels:
         """The masks of this step, 255 outside of the boxes, and the saliency for its loss."""
         images, labels = batch["image_uint8"], batch["labels"]
-        source = ContrastSaliency() if self.folder is None else FolderSaliency(self.folder)
+        saliency = batch["saliency"] if "saliency" in batch else ContrastSaliency()(batch)
         with eval_mode(model):  # maps without dropout; weights keep their gradients of before
             maps = getam(model, batch["image"], labels, self.start_layer)
         scores = scored_maps(maps, labels, images=images, refine="pamr")
         options = {"opening": self.opening, "published": self.published}
-        found = complete_labels(scores, labels, source(batch), self.cut, **options)
+        found = complete_labels(scores, labels, saliency, self.cut, **options)
         inside = torch.zeros_like(found.masks, dtype=torch.bool)
         for picture, (y0, x0, y1, x1) in zip(inside, batch["box"].tolist()):
             picture[y0:y1, x0:x1] = True

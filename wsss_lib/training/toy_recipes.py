@@ -11,6 +11,8 @@ TOY_RECIPES: dict[str, Recipe] = {
     "weaktr": Recipe(
         "weaktr", "toyvoc", TrainConfig(600, lr=3e-4, weight_decay=0.03, plain_attention=False),
         network={"reduction": 2},
+        # the best of its maps here, see data/results/weaktr.json
+        labels={"maps": "weaktr_class_attention", "background": 0.43, "refine": "crf"},
     ),
     "segmenter": Recipe(
         "segmenter", "toyvoc", TrainConfig(400, lr=5e-4, weight_decay=0.0, lr_factors={"backbone": 0.1}),
@@ -36,6 +38,6 @@ TOY_RECIPES: dict[str, Recipe] = {
     "acr": Recipe(
         "acr", "toyvoc",
         TrainConfig(200, lr=3e-4, weight_decay=0.03, plain_attention=False, lr_factors={"classifier": 10.0}),
-        batch_size=8,
+        batch_size=8, labels={"maps": "acr_gradient", "background": 0.4, "refine": "par"},
     ),
 }
