@@ -43,7 +43,7 @@ def batch_at(step: int) -> dict:
 def main(method: str, out: str) -> None:
     accumulate = 1
     if method == "accumulated":  # the four pictures one by one, or on two processes two by two
-        method, accumulate = "weaktr", 4 // int(os.environ.get("WORLD_SIZE", 1))
+        method, accumulate = "weaktr", 4 // int(os.environ.get("WORLD_SIZE", "1"))
     with distributed.processes("cpu"):
         torch.manual_seed(0)
         model = create_model(method, "toyvit", CLASSES, False, **NETWORK.get(method, {})).double()

@@ -30,7 +30,7 @@ def build(name="vit_tiny_patch16_224", depth=3, std=0.2, **kw):
     torch.manual_seed(0)
     vit = timm.create_model(name, depth=depth, num_classes=4, dynamic_img_size=True, **kw).double().eval()
     for block in vit.blocks:
-        for name, parameter in block.attn.named_parameters():
+        for parameter in block.attn.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=std)
         for scale in ("ls1", "ls2", "gamma_1", "gamma_2"):  # layer scale starts near 0, which hides blocks

@@ -17,7 +17,14 @@ from wsss_lib.allocations import count_allocations
 from wsss_lib.bench import Calls, Case, compare, measure, relative_error, table
 from wsss_lib.bench_getam import getam_loop, random_vit
 from wsss_lib.bench_instruments import (
-    Rates, cuda_clock, free_bytes, make_clock, measure_rates, num_threads, system_share, thread_settings,
+    Rates,
+    cuda_clock,
+    free_bytes,
+    make_clock,
+    measure_rates,
+    num_threads,
+    system_share,
+    thread_settings,
     time_in_turns,
 )
 from wsss_lib.kernels.dense_crf import bilateral_features, positions
@@ -183,7 +190,7 @@ def test_a_baseline_that_does_not_fit_is_left_out_and_said_so():
 def test_the_ratio_of_user_time_leaves_out_what_the_system_takes(monkeypatch):
     """8 seconds of which the system takes 3/4, and 2 of which it takes 1/4: 2 and 1.5 remain."""
     fake, shares = Fake(), iter([0.75, 0.25])
-    monkeypatch.setattr(bench, "system_share", lambda call, budget: next(shares))
+    monkeypatch.setattr(bench.instruments, "system_share", lambda call, budget: next(shares))
     (row,) = measure(made_up_case(fake), CPU, RATES, 0, lambda device, threads: fake.clock)
     assert (row["baseline_system_share"], row["system_share"]) == (0.75, 0.25)
     assert row["user_speed_ratio"] == 2 / 1.5 and row["speed_ratio"] == 4
@@ -231,11 +238,11 @@ def printed(rows, load=0.0):
 
 def test_the_table_says_what_was_measured(monkeypatch):
     fake = Fake()
-    monkeypatch.setattr(bench, "system_share", lambda call, budget: None)
+    monkeypatch.setattr(bench.instruments, "system_share", lambda call, budget: None)
     text = printed(measure(made_up_case(fake), CPU, RATES, 0, lambda device, threads: fake.clock))
     head, line, machine = text.splitlines()
-    assert line.split()[:9] == "made_up 2 numbers float32 1 8000 ms 2000 ms".split()
-    assert line.split()[9:] == "4.0x - 4.0 3 MB 1 MB 3.0x 2e-01".split()
+    assert line.split()[:9] == ["made_up", "2", "numbers", "float32", "1", "8000", "ms", "2000", "ms"]
+    assert line.split()[9:] == ["4.0x", "-", "4.0", "3", "MB", "1", "MB", "3.0x", "2e-01"]
     assert head.index("speed") + len("speed") == line.index("4.0x") + len("4.0x")  # columns are aligned
     assert machine == "An abacus, 1 thread: copies at 1 GB/s, multiplies float32 at 0.001 TFLOP/s"
 
@@ -338,8 +345,8 @@ def test_the_published_loop_of_getam_is_the_plain_one():
 @pytest.fixture
 def run(monkeypatch):
     """`python -m wsss_lib bench ...`, on a machine whose rates are given: measuring them takes seconds."""
-    monkeypatch.setattr(bench, "measure_rates", lambda device, clock: RATES[1])
-    monkeypatch.setattr(bench, "thread_settings", lambda device: [1])
+    monkeypatch.setattr(bench.instruments, "measure_rates", lambda device, clock: RATES[1])
+    monkeypatch.setattr(bench.instruments, "thread_settings", lambda device: [1])
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["wsss_lib", "bench", *map(str, args)])

@@ -294,28 +294,28 @@ def test_unary_helpers_worked_by_hand():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(unary=torch.zeros(2, 4, 4)), "unary: found shape"),
-        (dict(unary=torch.zeros(0, 2, 4, 4), images=torch.zeros(0, 3, 4, 4)), "unary: found shape"),
-        (dict(unary=torch.zeros(1, 0, 4, 4)), "unary: found shape"),
-        (dict(images=torch.zeros(1, 1, 4, 4)), r"images: .* expected \(1, 3, 4, 4\)"),
-        (dict(images=torch.zeros(1, 3, 4, 5)), "images: found shape"),
-        (dict(images=torch.zeros(2, 3, 4, 4)), "images: found shape"),
-        (dict(unary=torch.full((1, 2, 4, 4), math.inf)), "not finite: clip"),
-        (dict(unary=torch.full((1, 2, 4, 4), math.nan)), "not finite: clip"),
-        (dict(images=torch.full((1, 3, 4, 4), math.nan)), "images: found values that are not finite"),
-        (dict(spatial=(0, 3)), "spatial: found"),
-        (dict(spatial=(3, -1)), "spatial: found"),
-        (dict(bilateral=(80, 13)), "bilateral: found"),
-        (dict(bilateral=(80, -13, 10)), "bilateral: found"),
-        (dict(bilateral=(1e-5, 1e-5, 1)), "deviations are too small"),
-        (dict(num_iter=-1), "num_iter: found -1"),
-        (dict(method="fast"), "method: found 'fast'"),
-        (dict(backend="cuda"), "backend: found 'cuda'"),
-        (dict(backend="triton"), "backend: found 'triton' with method 'lattice'"),
+        ({"unary": torch.zeros(2, 4, 4)}, "unary: found shape"),
+        ({"unary": torch.zeros(0, 2, 4, 4), "images": torch.zeros(0, 3, 4, 4)}, "unary: found shape"),
+        ({"unary": torch.zeros(1, 0, 4, 4)}, "unary: found shape"),
+        ({"images": torch.zeros(1, 1, 4, 4)}, r"images: .* expected \(1, 3, 4, 4\)"),
+        ({"images": torch.zeros(1, 3, 4, 5)}, "images: found shape"),
+        ({"images": torch.zeros(2, 3, 4, 4)}, "images: found shape"),
+        ({"unary": torch.full((1, 2, 4, 4), math.inf)}, "not finite: clip"),
+        ({"unary": torch.full((1, 2, 4, 4), math.nan)}, "not finite: clip"),
+        ({"images": torch.full((1, 3, 4, 4), math.nan)}, "images: found values that are not finite"),
+        ({"spatial": (0, 3)}, "spatial: found"),
+        ({"spatial": (3, -1)}, "spatial: found"),
+        ({"bilateral": (80, 13)}, "bilateral: found"),
+        ({"bilateral": (80, -13, 10)}, "bilateral: found"),
+        ({"bilateral": (1e-5, 1e-5, 1)}, "deviations are too small"),
+        ({"num_iter": -1}, "num_iter: found -1"),
+        ({"method": "fast"}, "method: found 'fast'"),
+        ({"backend": "cuda"}, "backend: found 'cuda'"),
+        ({"backend": "triton"}, "backend: found 'triton' with method 'lattice'"),
     ],
 )
 def test_dense_crf_refuses(change, message):
-    arguments = dict(unary=torch.zeros(1, 2, 4, 4), images=torch.rand(1, 3, 4, 4) * 255)
+    arguments = {"unary": torch.zeros(1, 2, 4, 4), "images": torch.rand(1, 3, 4, 4) * 255}
     with pytest.raises(ValueError, match=message):
         dense_crf(**{**arguments, **change})
 

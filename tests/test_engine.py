@@ -161,7 +161,7 @@ def test_batches_and_settings_are_checked():
 
 
 def test_pictures_may_be_given():
-    given = lambda step: {**batch_at(step), "pictures": 3}  # noqa: E731
+    given = lambda step: {**batch_at(step), "pictures": 3}
     history = train(network(), given, loss, CONFIG, progress=False)
     assert history[-1]["pictures"] == 36
 
@@ -193,7 +193,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_halved(monkeypatch):
     monkeypatch.setattr(engine, "make_scaler", lambda half, device: scaler)
     model, before = network(0.0), network(0.0)
     config = dataclasses.replace(CONFIG, amp="fp16", steps=2, log_every=1, clip=1.0)
-    large = lambda model, batch, step: {"x": 1e3 * loss(model, batch, step)["class"]}  # noqa: E731
+    large = lambda model, batch, step: {"x": 1e3 * loss(model, batch, step)["class"]}
     history = train(model, batch_at, large, config, progress=False)
     assert [row["scale"] for row in history] == [2.0**29, 2.0**28]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
@@ -201,7 +201,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_halved(monkeypatch):
 
 def test_float16_at_a_scale_of_one_has_no_excuse(monkeypatch):
     monkeypatch.setattr(engine, "make_scaler", lambda half, device: torch.amp.GradScaler("cpu", init_scale=1.0))
-    endless = lambda model, batch, step: {"x": 1e30 * loss(model, batch, step)["class"]}  # noqa: E731
+    endless = lambda model, batch, step: {"x": 1e30 * loss(model, batch, step)["class"]}
     with pytest.raises(FloatingPointError, match="step 0: .*gradient norm"):
         train(network(0.0), batch_at, endless, dataclasses.replace(CONFIG, amp="fp16"), progress=False)
 

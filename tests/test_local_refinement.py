@@ -58,7 +58,7 @@ def test_golden(name):
     maps = masks.shape[1]
     assert_close(expected(images, masks, dilations, last, variant), golden[f"out.iter{last}"], FLOAT32)
     for num_iter in (0, 1, last):
-        options = dict(dilations=dilations, num_iter=num_iter, variant=variant)
+        options = {"dilations": dilations, "num_iter": num_iter, "variant": variant}
         wanted = golden[f"out.iter{num_iter}"]
         assert_close(refine_cam(images, masks, **options), wanted, FLOAT32)
         many = refine_cam(images, masks.repeat(1, 4, 1, 1), **options)  # the sparse product

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wsss_lib import create_model, paths
-from wsss_lib.models.cam import PATCH_PRIOR
 from wsss_lib.models import METHODS, CamViT, ConvStem, create_backbone, fold_batch_norm, split_tokens
+from wsss_lib.models.cam import PATCH_PRIOR
 
 # name: (pixels per token, prefix tokens, of which class tokens)
 VITS = {

@@ -12,8 +12,7 @@ from torch import Tensor
 from wsss_lib import create_model
 from wsss_lib.data.toyvoc import SIZE, build_toyvoc
 from wsss_lib.training.engine import TrainConfig, train
-from wsss_lib.training.mosaics import (MosaicBatches, MosaicRecipe, PictureStore, augment, mosaic_loss,
-                                       top_mean)
+from wsss_lib.training.mosaics import MosaicBatches, MosaicRecipe, PictureStore, augment, mosaic_loss, top_mean
 
 MEAN, STD, STRIDE, STEPS = (.5, .4, .3), (.25, .2, .5), 8, 10
 RECIPE = MosaicRecipe(batch=10, mosaics=.6, singles_until=.4)      # 4 pictures, 6 mosaics; steps 0..3: single
@@ -241,7 +240,9 @@ def test_training_opens_no_mask_and_a_stopped_run_ends_where_the_uninterrupted_o
     stores = [PictureStore(maskless, split, progress=False) for split in ("single", "train")]
     config = TrainConfig(steps, warmup=2, log_every=1)
 
-    def run(folder: str, loss=partial(mosaic_loss, recipe=recipe)) -> list[dict]:
+    learning = partial(mosaic_loss, recipe=recipe)
+
+    def run(folder: str, loss=learning) -> list[dict]:
         torch.manual_seed(1)
         network = create_model("cam", "toyvit", pretrained=False)
         normal = network.data_config["mean"], network.data_config["std"]

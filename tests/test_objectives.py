@@ -108,7 +108,7 @@ def test_retraining_clips_by_hand():
     losses = torch.tensor([[[0.1, 1.0], [0.4, 9.9]]])
     logits = torch.stack([torch.zeros_like(losses), losses.expm1().log()], 1)  # CE of label 0 is log(1 + e^x)
     mask = torch.tensor([[[0, 0], [0, 255]]])
-    network = lambda images: logits  # noqa: E731
+    network = lambda images: logits
     batch = {"image": torch.zeros(1, 3, 2, 2), "mask": mask}
     plain = RetrainingObjective(start=0, patch=2)(network, batch, 0)
     assert plain["segmentation"].item() == pytest.approx((0.1 + 1.0 + 0.4) / 4)  # the ignored pixel counts

@@ -1,7 +1,7 @@
 """Shipped files are found beside the package or under $WSSS_DATA, and a missing one says how to get it."""
 import pytest
 
-from wsss_lib.paths import REPOSITORY, cache_folder, data_folders, shipped
+from wsss_lib.paths import REPOSITORY, cache_folder, data_folders, runs_folder, shipped
 
 
 @pytest.fixture
@@ -52,3 +52,11 @@ def test_the_cache_is_ignored_by_git_or_where_the_variable_says(no_variable, mon
     assert "/data/cache/" in (REPOSITORY / ".gitignore").read_text().splitlines()
     monkeypatch.setenv("WSSS_DATA", str(tmp_path))
     assert cache_folder() == tmp_path
+
+
+def test_runs_are_left_in_the_repository_or_where_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("WSSS_RUNS", str(tmp_path / "mine"))
+    assert runs_folder("a") == tmp_path / "mine" / "a" and (tmp_path / "mine" / "a").is_dir()
+    for value in ("", None):
+        monkeypatch.setenv("WSSS_RUNS", value) if value == "" else monkeypatch.delenv("WSSS_RUNS")
+        assert runs_folder("01_cam_basics") == REPOSITORY / "runs" / "01_cam_basics"

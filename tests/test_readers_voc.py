@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 from trees import (
-    HEIGHT, VOC_NAMES, WIDTH, message, voc_mask, voc_tree, write_annotation, write_mask, write_picture,
+    HEIGHT,
+    VOC_NAMES,
+    WIDTH,
+    message,
+    voc_mask,
+    voc_tree,
+    write_annotation,
+    write_mask,
+    write_picture,
     write_split,
 )  # fmt: skip
 

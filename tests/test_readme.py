@@ -158,7 +158,7 @@ def test_the_first_command_names_a_notebook_that_exists_and_links_lead_somewhere
 
 def test_the_example_runs():
     """The README's Python block, as a newcomer would paste it."""
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["maps"].shape == (1, 20, 21, 21) and names["masks"].shape == (1, 112, 112)

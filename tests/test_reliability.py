@@ -27,7 +27,7 @@ from wsss_lib.training.fit import fit
 from wsss_lib.training.recipes import override
 from wsss_lib.training.toy_recipes import TOY_RECIPES
 
-KILLS = int(os.environ.get("WSSS_KILLS", 3))
+KILLS = int(os.environ.get("WSSS_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Reports: each number is the one that the plain library calls give, and every one of them survives JSON."""
 import json
-import re
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +20,14 @@ from wsss_lib.ledgers import write_results
 from wsss_lib.localization import affinity_cam
 from wsss_lib.paths import REPOSITORY
 from wsss_lib.refinement import crf_labels, random_walk
-from wsss_lib.reports import (localize_split, measure_phenomena, report, sweep_thresholds, write_labels,
-                              write_pseudo_labels)
+from wsss_lib.reports import (
+    localize_split,
+    measure_phenomena,
+    report,
+    sweep_thresholds,
+    write_labels,
+    write_pseudo_labels,
+)
 
 FIXED = .25
 QUIET = {"progress": False}

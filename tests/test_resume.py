@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 
 def test_files_of_a_run(whole):
-    out, model, history = whole
+    out, _model, history = whole
     assert sorted(os.listdir(out)) == ["checkpoint.safetensors", "log.jsonl"]
     assert [row["step"] for row in history] == [3, 4, 6, 8, 9, 12]
     assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] == history
@@ -46,7 +46,7 @@ def test_resumed_run_ends_like_the_uninterrupted_one(whole, tmp_path, step):
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["numbers"])["step"] == step
     torch.rand(step + 1)  # the state of the global generator must not matter
-    model, history = run(tmp_path, model=network().requires_grad_(True))
+    _model, history = run(tmp_path, model=network().requires_grad_(True))
     assert same_files(whole[0], tmp_path)
     assert [row["step"] for row in history] == [3, 4, 6, 8, 9, 12]
 
@@ -175,7 +175,7 @@ def test_killed_while_saving(whole, tmp_path, monkeypatch):
 def test_finished_run_is_not_trained_again(whole):
     out, model, history = whole
     fresh = network()
-    never = lambda *args: pytest.fail("the run is finished")  # noqa: E731
+    never = lambda *args: pytest.fail("the run is finished")
     config = dataclasses.replace(CONFIG, workers=2)
     again = train(fresh, never, never, config, out, evaluate=never, progress=False)
     assert again == history and not fresh.training

@@ -1,5 +1,6 @@
 """AFA's learning rates against the published optimiser: every rate, and what AdamW makes of the weights."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_default_is_continuous():
     assert factors[0] == pytest.approx(1e-6) and factors[10] == 1  # by hand: 10 steps up, 15 down
     assert factors[:11] == pytest.approx([1e-6 + (1 - 1e-6) * step / 10 for step in range(11)])
     assert factors[10:] == pytest.approx([(25 - step) / 15 for step in range(10, 25)])
-    steps = [abs(b - a) for a, b in zip(factors, factors[1:])]
+    steps = [abs(b - a) for a, b in itertools.pairwise(factors)]
     assert max(steps) == pytest.approx(0.1, abs=1e-6)  # nowhere more than a step of the warm-up
     assert factors[:10] == [warmup_poly(step, **RUN, published=True) for step in range(10)]
 

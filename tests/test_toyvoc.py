@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss_lib.data.toyvoc import (CONTEXT_ID, CONTEXTS, OBJECTS, PART_GROUPS, PART_ID, QUADRUPEDS, SIZE, build_toyvoc,
-                                  draw_sample, statistics)
+from wsss_lib.data.toyvoc import (
+    CONTEXT_ID,
+    CONTEXTS,
+    OBJECTS,
+    PART_GROUPS,
+    PART_ID,
+    QUADRUPEDS,
+    SIZE,
+    build_toyvoc,
+    draw_sample,
+    statistics,
+)
 from wsss_lib.data.toyvoc.animals import quadruped
 from wsss_lib.data.toyvoc.parts import SUPERSAMPLING, Pen
 from wsss_lib.data.toyvoc.scenes import MIN_PIXELS, borders, choose_classes

@@ -4,13 +4,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
 
-from wsss_lib import viz  # noqa: E402
-from wsss_lib.data.voc import VOC_CLASSES, voc_palette  # noqa: E402
+from wsss_lib import viz
+from wsss_lib.data.voc import VOC_CLASSES, voc_palette
 
 
 @pytest.fixture(autouse=True)

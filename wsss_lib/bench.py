@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .bench_instruments import (
-    Clock, Rates, device_name, free_bytes, load_average, make_clock, measure_rates, num_threads, peak_bytes,
-    settle_allocator, system_share, thread_settings, time_in_turns,
-)
+from . import bench_instruments as instruments
+from .bench_instruments import Clock, Rates
 
 BUDGET = {"tiny": 0.0, "small": 2.0, "paper": 20.0}  # seconds for the pairs of a case at one thread count
 BUSY = 0.5  # other processes: where more of them run, the time of several threads says little
@@ -63,17 +61,17 @@ def run(cases: Sequence[Case], device: torch.device, budget: float) -> dict:
     cases: one row for each case and thread count, as of `measure`. rates: by thread count. load: how many
     other processes ran when it began (None where the system does not say). Ready for `write_results`.
     """
-    load, settings, rates, rows = load_average(), thread_settings(device), {}, []
-    settle_allocator()
+    load, settings, rates, rows = instruments.load_average(), instruments.thread_settings(device), {}, []
+    instruments.settle_allocator()
     for threads in settings:
-        with num_threads(threads):
-            rates[threads] = measure_rates(device, make_clock(device, threads))
+        with instruments.num_threads(threads):
+            rates[threads] = instruments.measure_rates(device, instruments.make_clock(device, threads))
     for case in tqdm(cases, desc=f"bench on {device.type}"):
         rows += measure(case, device, rates, budget)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return {
-        "device": device.type, "device_name": device_name(device), "threads": settings, "load": load,
+        "device": device.type, "device_name": instruments.device_name(device), "threads": settings, "load": load,
         "versions": {"timm": _version("timm"), "triton": _version("triton"), "cuda": torch.version.cuda},
         "rates": {str(threads): rate.to_json() for threads, rate in rates.items()}, "cases": rows,
     }
@@ -84,7 +82,7 @@ def measure(
     device: torch.device,
     rates: dict[int, Rates],
     budget: float,
-    clock_for: Callable[[torch.device, int], Clock] = make_clock,
+    clock_for: Callable[[torch.device, int], Clock] = instruments.make_clock,
 ) -> list[dict]:
     """One row for each thread count in `rates`: median seconds, peak bytes, ratios baseline / ours, errors.
 
@@ -95,14 +93,15 @@ def measure(
     """
     calls, note = case.make(device), _too_large(case, device)
     errors = (None, None) if note else _errors(case, calls)
-    peaks = (None if note else peak_bytes(calls.baseline, device), peak_bytes(calls.ours, device))
+    peak = partial(instruments.peak_bytes, device=device)
+    peaks = (None if note else peak(calls.baseline), peak(calls.ours))
     shares = (None if note else _system_share(calls.baseline, device, budget),
               _system_share(calls.ours, device, budget))
     rows = []
     for threads, rate in rates.items():
         clock, floor = clock_for(device, threads), rate.floor(case.bytes, case.flops, case.dtype)
-        with num_threads(threads):
-            times = time_in_turns([calls.ours] if note else [calls.baseline, calls.ours], clock, budget)
+        with instruments.num_threads(threads):
+            times = instruments.time_in_turns([calls.ours] if note else [calls.baseline, calls.ours], clock, budget)
         ours, baseline = statistics.median(times[-1]), None if note else statistics.median(times[0])
         rows.append({
             "kernel": case.kernel, "case": case.title, "dtype": str(case.dtype).removeprefix("torch."),
@@ -128,8 +127,8 @@ def _ratio(baseline: float | None, ours: float) -> float | None:
 def _system_share(call: Callable, device: torch.device, budget: float) -> float | None:
     if device.type != "cpu":
         return None
-    with num_threads(1):
-        return system_share(call, budget)
+    with instruments.num_threads(1):
+        return instruments.system_share(call, budget)
 
 
 def _user_ratio(baseline: float | None, ours: float, shares: tuple[float | None, ...]) -> float | None:
@@ -139,7 +138,7 @@ def _user_ratio(baseline: float | None, ours: float, shares: tuple[float | None,
 
 
 def _too_large(case: Case, device: torch.device) -> str | None:
-    free = free_bytes(device)
+    free = instruments.free_bytes(device)
     if case.needs <= free:
         return None
     numbers = f"needs {case.needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device.type}"
@@ -290,7 +289,6 @@ def _machine(name: str, threads: str, rate: dict) -> str:
 def _warning(load: float | None) -> list[str]:
     if load is None or load <= BUSY:
         return []
-    return [
-        f"The machine was busy, {load} other processes ran: threads that wait for one another then take any "
-        "time, and only the rows of one thread can be trusted."
-    ]
+    warning = (f"The machine was busy, {load} other processes ran: threads that wait for one another then take any "
+               "time, and only the rows of one thread can be trusted.")
+    return [warning]

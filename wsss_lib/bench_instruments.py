@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,21 +129,25 @@ class Rates:
         return {"copy_bytes_per_second": self.bandwidth, "flops_per_second": flops}
 
 
+def _bandwidth(device: torch.device, clock: Clock, copy: int) -> float:
+    """Bytes per second of a copy: each number is read and written."""
+    source = torch.ones(copy, device=device)
+    target = torch.empty_like(source)
+    seconds = min(time_in_turns([lambda: target.copy_(source)], clock, budget=1)[0])
+    return 2 * source.element_size() * copy / seconds
+
+
 def measure_rates(device: torch.device, clock: Clock, copy: int = COPY, side: int | None = None) -> Rates:
     """Bandwidth of a large copy, and the rate of a large matrix product: the best of several.
 
     copy: numbers in it; side: of the matrices. float32 products are true float32, not TF32; on a CPU the
     faster of PyTorch's two libraries counts (see `kernels.products`). On CUDA float16 as well.
     """
-    side = side or MATRIX[device.type]
-    source = torch.ones(copy, device=device)
-    target = torch.empty_like(source)
-    seconds = min(time_in_turns([lambda: target.copy_(source)], clock, budget=1)[0])
-    bandwidth, flops = 2 * source.element_size() * copy / seconds, {}  # each number is read and written
-    del source, target
+    side, flops = side or MATRIX[device.type], {}
+    bandwidth = _bandwidth(device, clock, copy)
     for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
         a = torch.ones(1, side, side, dtype=dtype, device=device)
-        ways = [lambda: torch.bmm(a, a), lambda: multiply_transposed(a, a)]
+        ways = [partial(torch.bmm, a, a), partial(multiply_transposed, a, a)]
         flops[dtype] = 2 * side**3 / min(map(min, time_in_turns(ways, clock, budget=2)))
     return Rates(bandwidth, flops)
 

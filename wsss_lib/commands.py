@@ -60,8 +60,8 @@ def pretrain(args: argparse.Namespace) -> None:
 
     from . import create_model
     from .data.toyvoc import build_toyvoc
-    from .models import fold_batch_norm
     from .ledgers import command_line, current_commit
+    from .models import fold_batch_norm
     from .training.checkpoints import save_weights
     from .training.engine import TrainConfig
     from .training.engine import train as run
@@ -267,8 +267,8 @@ def predict(args: argparse.Namespace) -> None:
 def saliency(args: argparse.Namespace) -> None:
     """Score saliency maps, the contrast of each picture or a folder of yours, against the foreground."""
     from .data.voc import VOC
-    from .refinement.saliency import FolderSaliency, saliency_report
     from .ledgers import write_results
+    from .refinement.saliency import FolderSaliency, saliency_report
 
     data = VOC(args.root or shipped("toyvoc"), args.split, truth=["mask"])
     result = saliency_report(data, FolderSaliency(args.folder) if args.folder else "contrast", args.limit)

@@ -34,7 +34,8 @@ def cache_folder() -> Path:
 
 
 def runs_folder(name: str) -> Path:
-    """Where a run leaves what it made: runs/<name> in the repository (ignored by git), created if need be."""
-    folder = REPOSITORY / "runs" / name
+    """Where a run leaves what it made, created if need be: `name` in $WSSS_RUNS, else in the repository's runs/,
+    which git ignores."""
+    folder = Path(os.environ.get("WSSS_RUNS") or REPOSITORY / "runs") / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

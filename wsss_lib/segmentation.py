@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -88,5 +89,5 @@ def segmentation_report(
     found = confusion.scores(data.split)
     return {"options": {"scales": list(scales), "flip": flip, "refine": refine}, "split": data.split,
             "pictures": count, "labels": "none", "miou": round(float(found.miou), 4),
-            "iou": [round(float(v), 4) if v == v else None for v in found.iou],
+            "iou": [None if math.isnan(v) else round(float(v), 4) for v in found.iou],
             "seconds": round(time.perf_counter() - started, 1)}

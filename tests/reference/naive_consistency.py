@@ -11,7 +11,7 @@ from .naive_attention import attention_map, formula_weight
 
 def consistency(q1, k1, q2, k2, permutation, prefix=1):
     """q, k (L, B, H, N, d); patch i of view 1 lies at patch permutation[i] of view 2 -> (class, patch) terms."""
-    blocks, batch, heads, tokens, d = q1.shape
+    blocks, batch, _heads, tokens, d = q1.shape
     patches = tokens - prefix
     class_total = patch_total = 0.0
     for block in range(blocks):

@@ -194,7 +194,7 @@ def _compare(views: list[_View], prefix: int) -> Tensor:
     blocks = math.ceil(len(views) * heads * queries * tokens / SCRATCH)
     blocks = min(blocks, queries // 2)  # the first has a patch beside the class token
     edges = [block * queries // blocks for block in range(blocks + 1)]
-    return torch.cat([_compare_rows(views, slice(*pair), prefix) for pair in zip(edges, edges[1:])])
+    return torch.cat([_compare_rows(views, slice(*pair), prefix) for pair in itertools.pairwise(edges)])
 
 
 def _compare_rows(views: list[_View], rows: slice, prefix: int) -> Tensor:

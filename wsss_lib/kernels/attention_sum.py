@@ -145,7 +145,7 @@ class _Exponentials:
     """E = exp(scale q k^T), by tiles of some maps and rows. A = E / Z."""
 
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
-        batch, maps, n, _ = q.shape
+        _, maps, n, _ = q.shape
         self.q, self.k, self.scale = q, k, scale * LOG2E
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.shifted = self._may_overflow()

@@ -209,6 +209,7 @@ class MixTransformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
+        """All blocks, of the first stage first."""
         return [block for stage in STAGES for block in getattr(self, f"block{stage}")]
 
     def forward_stages(self, images: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ ships, and is fine-tuned, has no norm in its stem at all.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     training = model.training
     model.eval()
     for part in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for i, (conv, norm) in enumerate(zip(part, part[1:])):
+        for i, (conv, norm) in enumerate(itertools.pairwise(part)):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 part[i], part[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return model.train(training)
@@ -104,7 +105,7 @@ def toyvit(pretrained: bool = False, stem_norm: str = "none", **kwargs) -> Visio
     _no_weights("toyvit", pretrained)
     stem = functools.partial(HybridEmbed, backbone=ConvStem(kwargs.get("in_chans", 3), stem_norm))
     # patch_size 1: a token is one position of the stem's output, projected by a 1x1 convolution.
-    shape = dict(img_size=112, patch_size=1, embed_dim=WIDTH, depth=6, num_heads=4, embed_layer=stem)
+    shape = {"img_size": 112, "patch_size": 1, "embed_dim": WIDTH, "depth": 6, "num_heads": 4, "embed_layer": stem}
     return build_model_with_cfg(VisionTransformer, "toyvit", False, **{**shape, **kwargs})
 
 

@@ -12,7 +12,6 @@ from ..kernels import refine_cam
 from ..localization.normalize import normalize_maps
 from ..localization.slots import check_labels
 
-
 REFINEMENTS = ("par", "pamr")
 ITERATIONS = 10
 PAR_GAIN = 1.01  # the weights of a PAR iteration sum to this

@@ -1,0 +1,1 @@
+"""Training: one loop; the methods' losses, objectives and recipes; checkpoints; several processes."""

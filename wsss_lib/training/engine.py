@@ -182,8 +182,8 @@ def train(
                 torch.manual_seed(step_seed(config.seed, done, distributed.rank()))
                 optimizer.zero_grad(set_to_none=True)
                 found = []
-                for part, last in _until_last(parts(batch, config.accumulate)):
-                    with nullcontext() if last else distributed.apart(forward):
+                for number, part in enumerate(parts(batch, config.accumulate), start=1):
+                    with distributed.apart(forward) if number < config.accumulate else nullcontext():
                         with torch.autocast(device.type, half, enabled=half is not None):
                             losses = forward(to_device(part, device), done)
                         _check_losses(losses, done)
@@ -248,11 +248,6 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in before:
             module.fused_attn = value
-
-
-def _until_last(items: list) -> Iterator[tuple[Any, bool]]:
-    """Each item, and whether it is the last one."""
-    return ((item, k == len(items) - 1) for k, item in enumerate(items))
 
 
 def _check_losses(losses: dict[str, Tensor], step: int) -> None:

@@ -16,8 +16,8 @@ from ..data.pseudo import PseudoLabelled, WithSaliency
 from ..data.sample import Sample
 from ..data.splits import TRAIN_SPLITS, open_split
 from ..data.transforms import ClassificationTransform, TrainTransform
-from ..models import create_model
 from ..ledgers import command_line, current_commit
+from ..models import create_model
 from . import distributed
 from .checkpoints import save_weights
 from .engine import train

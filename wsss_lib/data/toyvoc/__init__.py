@@ -9,5 +9,7 @@ from .objects import COMPANIONS, OBJECTS, QUADRUPEDS
 from .parts import PART_GROUPS, PART_ID, PARTS
 from .scenes import BIAS, SIZE, ToySample, VisibleObject, draw_sample
 
-__all__ = ["BIAS", "COMPANIONS", "CONTEXT_ID", "CONTEXTS", "OBJECTS", "PART_GROUPS", "PART_ID", "PARTS", "QUADRUPEDS", "SIZE",
-           "ToySample", "VisibleObject", "build_toyvoc", "draw_sample", "statistics"]
+__all__ = [
+    "BIAS", "COMPANIONS", "CONTEXTS", "CONTEXT_ID", "OBJECTS", "PARTS", "PART_GROUPS", "PART_ID", "QUADRUPEDS", "SIZE",
+    "ToySample", "VisibleObject", "build_toyvoc", "draw_sample", "statistics",
+]

@@ -9,6 +9,7 @@ Everything random comes from the generator handed in; what transcendental functi
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -121,7 +122,7 @@ class Pen:
         """A polyline of constant width with round joints; never thinner than one sample pixel."""
         points = np.asarray(points, float)
         width = max(width, SUPERSAMPLING / self._pixels_per_unit)
-        for a, b in zip(points[:-1], points[1:]):
+        for a, b in itertools.pairwise(points):
             d = b - a
             normal = np.array([-d[1], d[0]]) / (np.hypot(d[0], d[1]) + 1e-9) * width / 2
             self.polygon([a + normal, b + normal, b - normal, a - normal], color, part)
