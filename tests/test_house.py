@@ -21,8 +21,8 @@ LAYERS = [
     {"training"},
     {"reports", "segmentation", "pipeline", "course", "bench", "bench_cases", "bench_getam", "bench_instruments"},
     {"viz"},
-    {"prediction", "widgets"},
-    {"commands", "__main__", "__init__"},
+    {"prediction", "students", "widgets", "leaderboard"},
+    {"commands", "measuring", "__main__", "__init__"},
 ]
 
 

@@ -142,7 +142,7 @@ def test_another_recipe_in_the_folder_is_refused(tree, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_are_options_that_exist(name):
     recipe = find_recipe(name)
-    if recipe.method in ("weaktr", "acr"):
+    if recipe.method in ("cam", "weaktr", "acr"):
         assert label_options(recipe)["method"] == recipe.method and 0 < recipe.labels["background"] < 1
     else:
         assert recipe.labels == {}

@@ -1,10 +1,10 @@
 """Command line, for work that outgrows a notebook:
-`python -m wsss_lib {toyvoc, pretrain, train, localize, evaluate, predict, saliency, bench}`."""
+`python -m wsss_lib {toyvoc, pretrain, train, localize, evaluate, predict, saliency, leaderboard, bench, students}`."""
 from __future__ import annotations
 
 import argparse
 
-from . import commands
+from . import commands, measuring, students
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     p.add_argument("--out", required=True, help="folder for the masks, NAME.png")
     p.set_defaults(run=commands.localize)
 
-    p = subparsers.add_parser("evaluate", help=commands.evaluate.__doc__)
+    p = subparsers.add_parser("evaluate", help=measuring.evaluate.__doc__)
     p.add_argument("--checkpoint", help="weights (default: the shipped ones)")
     p.add_argument("--root", help="ToyVOC tree (default: the shipped one)")
     p.add_argument("--split", default="val")
@@ -99,7 +99,7 @@ def main() -> None:
     p.add_argument("--results", help="write the report to this JSON file")
     p.add_argument("--study", help="write a row with training record and scores into this JSON file")
     p.add_argument("--name", help="the row's name")
-    p.set_defaults(run=commands.evaluate)
+    p.set_defaults(run=measuring.evaluate)
 
     p = subparsers.add_parser("predict", help=commands.predict.__doc__)
     p.add_argument("--checkpoint", required=True,
@@ -113,21 +113,38 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     p.set_defaults(run=commands.predict)
 
-    p = subparsers.add_parser("saliency", help=commands.saliency.__doc__)
+    p = subparsers.add_parser("saliency", help=measuring.saliency.__doc__)
     p.add_argument("--root", help="VOC tree with masks (default: the shipped ToyVOC)")
     p.add_argument("--split", default="val")
     p.add_argument("--folder", help="your maps, NAME.png in grey (default: the contrast of each picture)")
     p.add_argument("--limit", type=int, help="the first so many pictures only")
     p.add_argument("--results", help="write the report to this JSON file")
-    p.set_defaults(run=commands.saliency)
+    p.set_defaults(run=measuring.saliency)
 
-    p = subparsers.add_parser("bench", help=commands.bench.__doc__)
+    p = subparsers.add_parser("leaderboard", help=measuring.leaderboard.__doc__)
+    p.add_argument("--root", help="ToyVOC tree (default: the cached one, drawn if it is not there)")
+    p.add_argument("--runs", default="runs/leaderboard", help="folder of the trained networks")
+    p.add_argument("--out", default="data/results/leaderboard", help="folder of the scores, a JSON file a row")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--networks", nargs="+", metavar="NAME", help="some of leaderboard.ENTRIES (default: all)")
+    p.add_argument("--limit", type=int, default=300, help="pictures of val that are scored")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every recipe")
+    p.add_argument("--device", default="cpu")
+    p.set_defaults(run=measuring.leaderboard)
+
+    p = subparsers.add_parser("bench", help=measuring.bench.__doc__)
     p.add_argument("--kernel", nargs="+", metavar="NAME", help="only these (default: all)")
     p.add_argument("--size", default="small", choices=["tiny", "small", "paper"],
                    help="tiny: does it run; small: two minutes on a laptop; paper: the papers' sizes, half an hour")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--results", help="write all of it to this JSON file")
-    p.set_defaults(run=commands.bench)
+    p.set_defaults(run=measuring.bench)
+
+    p = subparsers.add_parser("students", help=students.students.__doc__)
+    p.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="notebooks (default: all of the course)")
+    p.add_argument("--out", required=True, help="folder to write to; a file that is there already is never replaced")
+    p.add_argument("--slides", action="store_true", help="also slides of the notebooks that choose some, as HTML")
+    p.set_defaults(run=students.students)
 
     args = parser.parse_args()
     try:

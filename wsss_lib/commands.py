@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .data import COCO, VOC
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """ValueError for a device that PyTorch does not know or find here."""
     import torch
 
@@ -67,7 +67,7 @@ def pretrain(args: argparse.Namespace) -> None:
     from .training.engine import train as run
     from .training.mosaics import MosaicBatches, MosaicRecipe, PictureStore, mosaic_loss
 
-    _check_device(args.device)
+    check_device(args.device)
     recipe = MosaicRecipe(batch=args.batch, mosaics=args.mosaics, singles_until=args.singles_until)
     config = TrainConfig(args.steps, lr=args.lr, seed=args.seed, device=args.device, workers=args.workers)
     root = Path(args.root) if args.root else build_toyvoc(cache_folder() / "toyvoc")
@@ -83,7 +83,7 @@ def pretrain(args: argparse.Namespace) -> None:
               "recipe": asdict(recipe), "images": args.steps * args.batch, "pictures": last["pictures"],
               "distinct_pictures": len(batches.singles.images) + len(batches.scenes.images),
               "seconds": round(last["seconds"]), "device": args.device,
-              "init": Path(args.init).name if args.init else None, "before": _record_of(args.init),
+              "init": Path(args.init).name if args.init else None, "before": record_of(args.init),
               "command": command_line(), "commit": current_commit()}
     weights = Path(args.out) / f"{args.backbone}.safetensors"
     save_weights(weights, model)
@@ -91,7 +91,7 @@ def pretrain(args: argparse.Namespace) -> None:
     print(json.dumps(record, indent=1))
 
 
-def _record_of(weights: str | Path | None) -> dict | None:
+def record_of(weights: str | Path | None) -> dict | None:
     """How the weights that a run starts from were made: the JSON beside them, if there is one."""
     beside = Path(weights).with_suffix(".json") if weights else None
     return json.loads(beside.read_text()) if beside and beside.exists() else None
@@ -103,10 +103,10 @@ def train(args: argparse.Namespace) -> None:
     from .training.fit import fit
     from .training.recipes import find_recipe, override
 
-    _check_device(args.device)
+    check_device(args.device)
     settings = [f"{name}={getattr(args, name)}" for name in ("seed", "workers")]
     recipe = override(find_recipe(args.recipe, args.published), [*settings, f"device={args.device}", *args.set])
-    root = Path(args.root) if args.root else _default_tree(recipe.data)
+    root = Path(args.root) if args.root else default_tree(recipe.data)
     if args.retrain and (args.masks or args.ship or args.saliency or not recipe.labels):
         found = f"{args.recipe} with other files" if recipe.labels else args.recipe
         raise ValueError(f"retrain: found {found}, expected a recipe that makes pseudo labels (weaktr, acr), without "
@@ -115,17 +115,18 @@ def train(args: argparse.Namespace) -> None:
         train_segmenter(recipe, root, args.out, args.init or True, args.resume)
     else:
         fit(recipe, root, args.out, args.init or True, args.masks, args.resume, ship=args.ship, saliency=args.saliency)
-    if _first_process():
+    if first_process():
         for folder in [Path(args.out), *([Path(args.out, "segmenter")] if args.retrain else [])]:
             print((folder / "model.json").read_text(encoding="utf-8"), end="")
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
     """Whether this is the one of several processes that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _default_tree(data: str) -> Path:
+def default_tree(data: str) -> Path:
+    """The cached ToyVOC tree, drawn if it is not there; ValueError for other data, which is not drawn."""
     from .data.toyvoc import build_toyvoc
 
     if data != "toyvoc":
@@ -133,13 +134,13 @@ def _default_tree(data: str) -> Path:
     return build_toyvoc(cache_folder() / "toyvoc")
 
 
-def _trained(checkpoint: str | None, backbone: str, device: str) -> tuple[nn.Module, dict | None]:
+def trained_network(checkpoint: str | None, backbone: str, device: str) -> tuple[nn.Module, dict | None]:
     """The network of a checkpoint, whichever command trained it, and how that was done."""
     from . import create_model
     from .training.fit import load_trained
 
     file = Path(checkpoint) if checkpoint else shipped(f"checkpoints/{backbone}.safetensors")
-    record = _record_of(file)
+    record = record_of(file)
     if record and "recipe" in record and "method" in record["recipe"]:
         return load_trained(file)[0].to(device), record
     group = (record or {}).get("stem_norm") == "group"          # batch norm is folded into the weights
@@ -152,22 +153,22 @@ def localize(args: argparse.Namespace) -> None:
     from .reports import MAPS, write_labels
     from .training import distributed
 
-    _check_device(args.device)
-    _check_methods([args.method], MAPS)
+    check_device(args.device)
+    check_methods([args.method], MAPS)
     with distributed.processes(args.device) as device:
-        model, record = _trained(args.checkpoint, args.backbone, device)
-        data = _open(record, args.root, args.split)
+        model, record = trained_network(args.checkpoint, args.backbone, device)
+        data = open_data(record, args.root, args.split)
         refine = None if args.refine == "none" else args.refine
         options = {"scales": tuple(args.scales), "flip": args.flip, "refine": refine, "size": args.size,
-                   "limit": args.limit, "progress": _first_process(), **_map_options(args.method, record)}
+                   "limit": args.limit, "progress": first_process(), **map_options(args.method, record)}
         written = write_labels(model, data, args.background, args.out, **options)
         written = distributed.total_counts(written)
-    if _first_process():
+    if first_process():
         print(f"{args.out}: {written} pseudo labels of {args.method} written at {args.background}, "
               f"refined by {args.refine}; those that were there already are kept")
 
 
-def _open(record: dict | None, root: str | None, split: str, truth: bool = False) -> VOC | COCO:
+def open_data(record: dict | None, root: str | None, split: str, truth: bool = False) -> VOC | COCO:
     """The split of the data that the weights were trained on; with all truths that a score can use, or none."""
     from .data.sample import TRUTHS
     from .data.splits import open_split
@@ -179,7 +180,7 @@ def _open(record: dict | None, root: str | None, split: str, truth: bool = False
     return open_split(data, root or shipped("toyvoc"), split, truths if truth else ())
 
 
-def _map_options(method: str, record: dict | None) -> dict:
+def map_options(method: str, record: dict | None) -> dict:
     """The options of a map: those of its table, and the radius that the affinity was trained with."""
     from .reports import MAPS
 
@@ -187,63 +188,11 @@ def _map_options(method: str, record: dict | None) -> dict:
     return {**MAPS[method], **({"radius": radius} if method == "affinity" and radius else {})}
 
 
-def _check_methods(methods: list[str], known: Iterable[str]) -> None:
+def check_methods(methods: list[str], known: Iterable[str]) -> None:
+    """ValueError for a method that is not known."""
     unknown = [method for method in methods if method not in known]
     if unknown:
         raise ValueError(f"methods: found {', '.join(map(repr, unknown))}, expected some of {', '.join(known)}")
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Score a checkpoint's maps, or the masks of a network that segments, on a split with masks."""
-    from .ledgers import add_row, study_row, write_results
-    from .reports import MAPS
-    from .training import distributed
-
-    _check_device(args.device)
-    _check_methods(args.methods, [*MAPS, "segmentation"])
-    with distributed.processes(args.device) as device:
-        model, record = _trained(args.checkpoint, args.backbone, device)
-        data = _open(record, args.root, args.split, truth=True)
-        result = _scores(model, data, record, args)
-    if not _first_process():
-        return
-    if args.results:
-        write_results(args.results, result)
-    if args.study:
-        add_row(args.study, study_row(args.name, record, result))
-    for name, r in result.items():
-        print(f"{name}, {r['split']}, {r['pictures']} pictures, labels {r['labels']}: {_in_words(r)}")
-
-
-def _scores(model: nn.Module, data, record: dict | None, args: argparse.Namespace) -> dict[str, dict]:
-    """A report of each method and refinement: by the method's name, a refinement's after a plus."""
-    from .reports import localize_split, report
-    from .segmentation import segmentation_report
-
-    options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit, "progress": _first_process()}
-    options |= {"size": args.size} if args.size else {}
-    refinements = {r: None if r == "none" else r for r in args.refine}
-    result = {}
-    for method in args.methods:
-        if method == "segmentation":  # of masks there is the CRF alone
-            kinds = {r: kind for r, kind in refinements.items() if kind in (None, "crf")} or {"none": None}
-            found = {r: segmentation_report(model, data, refine=kind, **options) for r, kind in kinds.items()}
-        else:
-            of_map = {"power": 1., **options, **_map_options(method, record)}
-            split = localize_split(model, data, **of_map)
-            given = {"background": args.background, "split": split, **of_map}
-            found = {r: report(model, data, refine=kind, **given) for r, kind in refinements.items()}
-        result |= {method if r == "none" else f"{method}+{r}": scores for r, scores in found.items()}
-    return result
-
-
-def _in_words(r: dict) -> str:
-    if "best" not in r:
-        return f"mIoU {100 * r['miou']:.1f}"
-    phenomena = (f"; coverage {r['coverage']}; background called foreground {r['background_called_foreground']}"
-                 if "coverage" in r else "")
-    return (f"mAP {r['mean_average_precision']:.3f}, mIoU {100 * r['best']['miou']:.1f} at {r['best']['background']} "
-            f"(oracle), {100 * r['fixed']['miou']:.1f} at {r['fixed']['background']}{phenomena}")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -254,7 +203,7 @@ def predict(args: argparse.Namespace) -> None:
     from .training.fit import load_trained
     from .viz import class_name
 
-    _check_device(args.device)
+    check_device(args.device)
     model, record = load_trained(args.checkpoint)
     side = args.side or record["recipe"]["crop_size"]
     counts = predict_folder(model.to(args.device), args.images, args.out, side, args.scales, args.flip)
@@ -262,36 +211,3 @@ def predict(args: argparse.Namespace) -> None:
     classes = sorted({c for count in counts for c in count if c})
     seen = ", ".join(f"{class_name(c, names)} in {sum(c in count for count in counts)}" for c in classes)
     print(f"{args.out}: {len(counts)} pictures; found {seen or 'background only'}")
-
-
-def saliency(args: argparse.Namespace) -> None:
-    """Score saliency maps, the contrast of each picture or a folder of yours, against the foreground."""
-    from .data.voc import VOC
-    from .ledgers import write_results
-    from .refinement.saliency import FolderSaliency, saliency_report
-
-    data = VOC(args.root or shipped("toyvoc"), args.split, truth=["mask"])
-    result = saliency_report(data, FolderSaliency(args.folder) if args.folder else "contrast", args.limit)
-    if args.results:
-        write_results(args.results, result)
-    for name, r in result["methods"].items():
-        print(f"{name}, {result['split']}, {result['pictures']} pictures: F {r['f']['f']:.3f} at "
-              f"{r['f']['threshold']}, {r['max_f']['f']:.3f} at {r['max_f']['threshold']} (oracle), "
-              f"mean absolute error {r['mae']:.3f}")
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Time the kernels beside what the published code does."""
-    import torch
-
-    from .bench import BUDGET, run, table
-    from .bench_cases import cases
-
-    _check_device(args.device)
-    device = torch.device(args.device)
-    result = {"size": args.size, **run(cases(args.kernel, args.size, device), device, BUDGET[args.size])}
-    print(table(result))
-    if args.results:
-        from .ledgers import write_results
-
-        write_results(args.results, result)

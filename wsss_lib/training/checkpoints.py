@@ -174,7 +174,7 @@ def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            values = {name: file.get_tensor(name) for name in file} if tensors else {}
+            values = {name: file.get_tensor(name) for name in list(file.keys())} if tensors else {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({error})") from error
     if metadata.get("format") != FORMAT:

@@ -8,6 +8,9 @@ from .recipes import Recipe
 # On ToyVOC the backbone has seen the drawn classes in pretraining, so short runs do. plain_attention is off
 # wherever the loss reads attention: its tape sees the fused call only.
 TOY_RECIPES: dict[str, Recipe] = {
+    "cam": Recipe(
+        "cam", "toyvoc", TrainConfig(300, lr=3e-4), labels={"maps": "cam", "background": 0.4, "refine": "par"},
+    ),
     "weaktr": Recipe(
         "weaktr", "toyvoc", TrainConfig(600, lr=3e-4, weight_decay=0.03, plain_attention=False),
         network={"reduction": 2},

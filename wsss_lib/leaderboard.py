@@ -1,0 +1,227 @@
+"""All methods on one backbone and one data set: networks trained by recipe, their maps and masks scored alike.
+
+Each score is a file of its own, OUT/NETWORK.MAPS.SEED.json, so a run that was stopped goes on where it was, and one
+row can be measured anew by deleting its file. The comparison is fair where it can be: the same weights to start from,
+the same pictures to learn from and to be scored on, labels given to all maps and to no segmenter, one fixed threshold
+for all, an oracle's beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .bench_instruments import peak_bytes
+from .data.sample import TRUTHS
+from .data.splits import open_split
+from .data.transforms import EvalTransform
+from .ledgers import write_results
+from .localization import localize
+from .localization.cam import eval_mode
+from .pipeline import second_recipe, train_segmenter
+from .refinement import affinity_maps
+from .reports import MAPS, localize_split, report
+from .segmentation import segment, segmentation_report
+from .training.fit import fit, load_trained
+from .training.recipes import Recipe, find_recipe, override
+
+REFINEMENTS = (None, "par", "crf")
+MASKS = "segmentation"  # stands for a network's own masks where else the name of its maps stands
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of the comparison: its recipe, settings beside the recipe's, and which of its maps are scored.
+
+    retrained: a Segmenter learns from its pseudo labels, and is scored as MASKS. Names are those of `reports.MAPS`.
+    """
+
+    recipe: str
+    maps: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    retrained: bool = False
+
+
+ACR = ("acr_gradient", "acr")
+ENTRIES: dict[str, Entry] = {
+    "classifier": Entry("toyvoc/cam", ("cam", "grad_cam", "attention", "rollout", "getam", "getam_grad", "getam_grad_s",
+                                       "getam_cam_grad"), retrained=True),
+    "getam": Entry("toyvoc/getam", ("getam", MASKS)),
+    "weaktr": Entry("toyvoc/weaktr", ("weaktr_coarse", "weaktr_class_attention", "weaktr_mean", "weaktr"),
+                    retrained=True),
+    "afa": Entry("toyvoc/afa", ("afa_cam", "affinity", MASKS), ("backbone=toyvit",)),
+    "afa_toymit": Entry("toyvoc/afa", ("afa_cam", "affinity", MASKS)),
+    "acr_without": Entry("toyvoc/acr", ACR, ("loss.region_weight=0.0", "loss.affinity_weight=0.0")),
+    "acr_region": Entry("toyvoc/acr", ACR, ("loss.region_weight=100.0", "loss.affinity_weight=0.0")),
+    "acr_affinity": Entry("toyvoc/acr", ACR, ("loss.region_weight=0.0", "loss.affinity_weight=100.0")),
+    "acr": Entry("toyvoc/acr", ACR, ("loss.region_weight=100.0", "loss.affinity_weight=100.0"), retrained=True),
+}
+# What AFA is published with; all other maps are of one view.
+AFA_VIEWS = {"scales": (1.0, 0.5, 1.5), "flip": True}
+
+
+def run(
+    root: str | Path,
+    runs: str | Path,
+    out: str | Path,
+    seeds: Iterable[int] = (0, 1, 2),
+    networks: Iterable[str] = tuple(ENTRIES),
+    limit: int | None = 300,
+    device: str = "cpu",
+    settings: Iterable[str] = (),
+) -> list[dict]:
+    """Train what is not trained, score what is not scored; return the rows of these networks and seeds.
+
+    root: a ToyVOC tree; its train split is learned from and the first `limit` pictures of val are scored. runs: a
+    folder for the networks, NETWORK_SEED each, which may be there already. out: the folder of the scores.
+    settings: for every recipe, beside its own, such as "steps=2" to try the path.
+    Raises ValueError for an unknown network, for weights in `runs` that another recipe made, and as `fit`.
+    """
+    unknown = [name for name in networks if name not in ENTRIES]
+    if unknown:
+        raise ValueError(f"networks: found {', '.join(unknown)}, expected some of {', '.join(ENTRIES)}")
+    data, rows = open_split("toyvoc", root, "val", TRUTHS), []
+    for seed in seeds:
+        for name in networks:
+            entry = ENTRIES[name]
+            folder = Path(runs, f"{name}_{seed}")
+            own = [*entry.settings, *settings, f"seed={seed}", f"device={device}"]
+            recipe = override(find_recipe(entry.recipe), own)
+            for maps in (*entry.maps, *((MASKS,) if entry.retrained else ())):
+                file = Path(out, f"{name}.{maps}.{seed}.json")
+                if not file.exists():
+                    model = _trained(recipe, root, folder, maps if entry.retrained else None, settings).to(device)
+                    row = {"network": name, "maps": maps, "seed": seed, **_score(model, data, maps, recipe, limit)}
+                    write_results(file, row)
+                rows.append(json.loads(file.read_text(encoding="utf-8")))
+    return rows
+
+
+def _trained(recipe: Recipe, root: str | Path, folder: Path, maps: str | None, settings: Iterable[str]) -> nn.Module:
+    """The network of a recipe, trained if it is not there; with `maps` MASKS its Segmenter."""
+    if maps == MASKS:
+        second = override(second_recipe(recipe), list(settings))
+        return train_segmenter(recipe, root, folder, second=second)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        return fit(recipe, root, folder)
+    model, record = load_trained(weights)
+    check_same(recipe, record["recipe"], weights)
+    return model
+
+
+def check_same(recipe: Recipe, made: dict, weights: Path) -> None:
+    """ValueError where weights were made by a recipe that differs in what the network learns."""
+    for field in ("method", "data", "backbone", "network", "loss", "batch_size", "crop_size"):
+        if made[field] != json.loads(json.dumps(getattr(recipe, field))):
+            raise ValueError(f"{weights}: {field}: found {made[field]}, expected {getattr(recipe, field)}")
+    for field in ("steps", "lr", "seed"):
+        if made["config"][field] != getattr(recipe.config, field):
+            found, expected = made["config"][field], getattr(recipe.config, field)
+            raise ValueError(f"{weights}: {field}: found {found}, expected {expected}")
+
+
+def _score(model: nn.Module, data, maps: str, recipe: Recipe, limit: int | None) -> dict:
+    """Scores of one kind of maps, as they are and refined, or of the network's masks; and what a picture costs."""
+    if maps == MASKS:
+        scores = {kind or "raw": segmentation_report(model, data, limit=limit, refine=kind) for kind in (None, "crf")}
+        return {"scores": scores, **_cost(model, data, lambda image, labels: segment(model, image))}
+    options = {"limit": limit, "power": 1.0, **MAPS[maps]}
+    if options["method"] == "affinity":
+        options |= {**AFA_VIEWS, "radius": recipe.loss["radius"]} if options.get("walk", True) else AFA_VIEWS
+    split = localize_split(model, data, **options)
+    scores = {kind or "raw": _short(report(model, data, split=split, refine=kind, **options)) for kind in REFINEMENTS}
+    of_map = {k: v for k, v in options.items() if k not in ("limit", "power", "minmax", "method")}
+
+    def one(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if options["method"] == "affinity":
+            return affinity_maps(model, image, labels, **of_map)
+        return localize(model, image, labels, method=options["method"], **of_map)
+
+    return {"scores": scores, **_cost(model, data, one)}
+
+
+def _short(found: dict) -> dict:
+    """A report without what no table shows."""
+    return {k: v for k, v in found.items() if k not in ("options", "method", "device", "context_activation")}
+
+
+def _cost(model: nn.Module, data, one, pictures: int = 9) -> dict:
+    """Median seconds of a picture alone, and the most memory that it takes beside the weights, in bytes."""
+    device, seconds = next(model.parameters()).device, []
+    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
+    for i in range(min(pictures, len(data))):
+        batch = transform(data[i])
+        image, labels = batch["image"][None].to(device), batch["labels"][None].to(device)
+        with eval_mode(model):
+            started = time.perf_counter()
+            one(image, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    with eval_mode(model):
+        peak = peak_bytes(lambda: one(image, labels), device)
+    return {"seconds_per_picture": round(statistics.median(seconds), 4), "bytes_per_picture": peak}
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """One entry for each network and kind of maps, over its seeds: mean and range of every score, in percent.
+
+    Entries: network, maps, seeds, and `scores`: name -> (mean, lowest, highest), such as "raw best", "raw fixed",
+    "par best", "crf fixed", "masks", "masks crf", "head", "body", "background", "seconds", "megabytes".
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["maps"]), []).append(row)
+    return [
+        {"network": network, "maps": maps, "seeds": sorted(r["seed"] for r in group),
+         "scores": {name: _spread([_numbers(r)[name] for r in group]) for name in _numbers(group[0])}}
+        for (network, maps), group in groups.items()
+    ]
+
+
+def _numbers(row: dict) -> dict[str, float]:
+    found = {"seconds": row["seconds_per_picture"], "megabytes": row["bytes_per_picture"] / 1e6}
+    for kind, r in row["scores"].items():
+        if "best" in r:
+            found |= {f"{kind} best": 100 * r["best"]["miou"], f"{kind} fixed": 100 * r["fixed"]["miou"]}
+        else:
+            found["masks" if kind == "raw" else f"masks {kind}"] = 100 * r["miou"]
+    raw = row["scores"]["raw"]
+    if "coverage" in raw:
+        found |= {part: 100 * share for part, share in raw["coverage"].items() if share is not None}
+        found["background"] = 100 * raw["background_called_foreground"]
+    return found
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return statistics.mean(values), min(values), max(values)
+
+
+def read_rows(folder: str | Path) -> list[dict]:
+    """All rows of a folder of scores, in the order of ENTRIES, then of seeds."""
+    order = [(name, maps) for name, entry in ENTRIES.items() for maps in (*entry.maps, MASKS)]
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("*.json")]
+    return sorted(rows, key=lambda r: (order.index((r["network"], r["maps"])), r["seed"]))
+
+
+def lines(entries: list[dict]) -> list[str]:
+    """The table as aligned text: best threshold, and the fixed one in brackets; masks have none."""
+    out = [f"{'network':13} {'maps':24} {'raw':>13} {'PAR':>13} {'CRF':>13}  head/body  seconds"]
+    for entry in entries:
+        s = {name: value[0] for name, value in entry["scores"].items()}
+        if "masks" in s:
+            cells = [f"{s['masks']:.1f}", "", f"{s['masks crf']:.1f}"]
+        else:
+            cells = [f"{s[f'{kind} best']:.1f} ({s[f'{kind} fixed']:.1f})" for kind in ("raw", "par", "crf")]
+        covered = f"{s['head']:.0f}/{s['body']:.0f}" if "head" in s and "body" in s else ""
+        out.append(f"{entry['network']:13} {entry['maps']:24} " + " ".join(f"{c:>13}" for c in cells)
+                   + f"  {covered:>9}  {s['seconds']:.3f}")
+    return out
