@@ -53,7 +53,10 @@ def main(method: str, out: str) -> None:
         # AdamW divides by the size of a gradient: where that is rounding, so would be the step.
         config = TrainConfig(5, lr=0.1, optimizer="sgd", warmup=0, amp="off", plain_attention=False, log_every=1,
                              accumulate=accumulate)
-        history = train(model, batch_at, OBJECTIVES[method](**OPTIONS[method]), config, progress=False)
+        # Every process evaluates, else one that asks the others for their share would wait for ever.
+        count = lambda model, step: {"agreed": distributed.total_counts(1) / distributed.world_size()}
+        objective = OBJECTIVES[method](**OPTIONS[method])
+        history = train(model, batch_at, objective, config, progress=False, evaluate=count)
         if distributed.rank() == 0:
             rows = [[v for k, v in row.items() if k != "seconds"] for row in history]
             names = sorted({k for row in history for k in row} - {"seconds"})

@@ -100,7 +100,8 @@ def train(
         scalars must be float32 (or float64): compute them from `logits.float()`. Seeded is torch alone.
     out: folder for `checkpoint.safetensors` (each save_every steps and at the end) and `log.jsonl` (rows).
     resume: go on from the checkpoint in `out` if there is one; a finished run only loads its weights.
-    evaluate(model, step) -> numbers for the row, at each save, `step` steps completed, in eval mode.
+    evaluate(model, step) -> numbers for the row, at each save, `step` steps completed, in eval mode. Every process
+        calls it, so that it may share its work with the others.
     settings: by name, what else the run depends on: a checkpoint with others is not resumed.
 
     A row: step (completed), lr, each loss averaged since the last row, seconds, pictures, evaluate's numbers;
@@ -155,7 +156,7 @@ def train(
         row |= {name: total / count for name, (total, count) in pending["sums"].items()}
         row |= {"seconds": elapsed(), "pictures": pending["pictures"]}
         row |= {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
-        if saving and evaluate and main:
+        if saving and evaluate:
             numbers = evaluate(model.eval(), done)
             if clash := sorted(numbers.keys() & row.keys()):
                 raise ValueError(f"evaluate: found the names {clash}, which the row has already")
