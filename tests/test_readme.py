@@ -81,6 +81,16 @@ WEAKTR = {
 }
 
 
+def test_getam_end_to_end_is_quoted_as_measured():
+    name, best = "GETAM end to end", {}
+    for column, label in {"getam": "GETAM's maps", "getam+pamr": "GETAM's maps, PAMR"}.items():
+        best[column], fixed = (_three_seeds("getam.json", name, column, kind) for kind in ("best", "fixed"))
+        assert f"| {label} | {_cell(best[column])} | {_cell(fixed)} |" in README
+    masks = _three_seeds("getam.json", name, "segmentation")
+    assert f"| masks of its own decoder | no threshold | {_cell(masks)} |" in README
+    assert abs(sum(masks) - sum(best["getam"])) / 3 < 1.5, "as good as the maps at their best threshold"
+
+
 def test_weaktr_is_quoted_as_measured():
     best = {column: _three_seeds("weaktr.json", "WeakTr", column) for column in WEAKTR}
     for column, label in WEAKTR.items():
