@@ -19,7 +19,7 @@ LAYERS = [
     {"localization"},
     {"refinement"},
     {"training"},
-    {"reports", "segmentation", "pipeline", "course", "bench", "bench_cases", "bench_getam", "bench_instruments"},
+    {"reports", "segmentation", "pipeline", "course", "bench", "bench_acr", "bench_cases", "bench_getam", "bench_instruments"},
     {"viz"},
     {"prediction", "students", "widgets", "leaderboard"},
     {"commands", "measuring", "__main__", "__init__"},

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bench import Calls, Case, compare
+from .bench_acr import acr_cases
 from .bench_getam import getam_cases
 from .kernels import baselines
 from .kernels.attention_affinity import attention_affinity
@@ -269,4 +270,5 @@ KERNELS: dict[str, Callable[[str, torch.dtype], list[Case]]] = {
     "attention_consistency_loss": attention_consistency_loss_cases,
     "dense_crf": dense_crf_cases,
     "getam": getam_cases,
+    "acr_step": acr_cases,
 }
