@@ -16,7 +16,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from student import student_version, tagged
+
+from wsss_lib.students import YOUR_TURN, student_version, tagged
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -128,8 +129,21 @@ def exercise_faults(nb: NotebookNode) -> list[str]:
     return faults
 
 
+def hint_faults(nb: NotebookNode) -> list[str]:
+    """A hint in the text before each exercise: `*Hint*:`, or `*Hints*:` for several."""
+    faults, text = [], ""
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            text = cell.source
+        elif tagged(cell, "exercise"):
+            if not re.search(r"\*Hints?\*:", text):
+                faults.append(f"cell {number}: found no `*Hint*:` in the text before the exercise")
+            text = ""
+    return faults
+
+
 RULES = [execution_faults, error_faults, text_faults, setup_faults, parameter_faults, path_faults,
-         widget_faults, exercise_faults]
+         widget_faults, exercise_faults, hint_faults]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 
 
@@ -159,7 +173,7 @@ def small_notebook() -> NotebookNode:
                ("def half(x):\n    return x / 2", ["solution"]), ("assert half(3) == 1.5", [])]
     cells = []
     for count, (source, tags) in enumerate(sources, 1):
-        cells += [new_markdown_cell("See https://example.org/home/x, and and/or $f: x$."),
+        cells += [new_markdown_cell("See https://example.org/home/x, and and/or $f: x$. *Hint*: divide."),
                   new_code_cell(source, execution_count=count, metadata={"tags": tags})]
     return new_notebook(cells=cells)
 
@@ -189,6 +203,7 @@ BROKEN = [
     (exercise_faults, 5, {"source": "def half(x):\n    return 0"}),
     (exercise_faults, 7, {"source": "def third(x):\n    return x / 3"}),
     (exercise_faults, 9, {"source": "half(3)"}), (exercise_faults, 9, {"source": "assert True"}),
+    (hint_faults, 4, {"source": "Write it. No hint: it is easy."}),
 ]
 
 
@@ -204,6 +219,12 @@ def test_a_rule_finds_what_is_broken(rule: Callable[[NotebookNode], list[str]], 
     assert rule(nb)
 
 
+def test_a_hint_serves_one_exercise():
+    nb = small_notebook()
+    nb.cells = [*nb.cells[:6], *nb.cells[5:]]  # the stub twice, one text before both
+    assert len(hint_faults(nb)) == 1
+
+
 def test_large_widget_metadata_is_found():
     nb = small_notebook()
     nb.metadata["widgets"] = {"state": "x" * 100_000}
@@ -215,9 +236,10 @@ def test_large_widget_metadata_is_found():
 
 def test_the_student_version_has_no_solutions():
     nb = small_notebook()
-    student = student_version(nb)
-    assert [cell.source for cell in student.cells] == [c.source for i, c in enumerate(nb.cells) if i != 7]
-    assert len(nb.cells) == 10, "the notebook itself stays whole"
+    whole = deepcopy(nb)
+    expected = [YOUR_TURN if i == 6 else cell.source for i, cell in enumerate(nb.cells) if i != 7]
+    assert [cell.source for cell in student_version(nb).cells] == expected
+    assert nb == whole, "the notebook itself stays whole"
 
 
 @every_notebook

@@ -214,7 +214,8 @@ def train(
                 updating = False
 
                 rate = (pending["pictures"] - seen_before) / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {sum(numbers):.4f}, {rate:.0f} pictures/s", refresh=False)
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+                bar.set_postfix_str(f"{shown}, {rate:.0f} pictures/s", refresh=False)
                 bar.update()
                 close_step()
                 if stop or (received and distributed.world_size() == 1):
