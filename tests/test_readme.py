@@ -136,6 +136,15 @@ def test_acr_is_quoted_as_measured():
     assert all(1.9 < gain < 4 for gain in gains)
 
 
+def test_the_cost_of_acrs_loss_is_quoted_as_measured():
+    written, plain = (r for r in _ledger("bench_acr_cpu.json")["cases"] if r["threads"] == 1)
+    time, memory = plain["baseline_seconds"], plain["baseline_peak_bytes"]  # of a step without the terms
+    more = [100 * (x - 1) for x in (plain["seconds"] / time, plain["peak_bytes"] / memory,
+                                    written["baseline_seconds"] / time, written["baseline_peak_bytes"] / memory)]
+    assert "{:.0f}% longer with both terms than without, and {:.0f}% more memory".format(*more[:2]) in README
+    assert "takes {:.0f}% longer and {:.0f}% more memory".format(*more[2:]) in README
+
+
 def test_the_saliency_is_quoted_as_measured():
     f = {name: r["f"]["f"] for name, r in _ledger("saliency.json")["methods"].items()}
     assert (f"{f['contrast']:.2f} on ToyVOC at the threshold 0.5, against {f['centre_prior']:.2f} for a blob in the "
