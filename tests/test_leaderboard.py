@@ -26,8 +26,8 @@ def test_entries_name_what_exists():
         assert set(entry.maps) <= {*MAPS, MASKS}, name
         if entry.retrained:
             assert label_options(recipe)["background"] and MASKS not in entry.maps
-    wanted = {"cam", "grad_cam", "attention", "rollout", "getam", "weaktr", "weaktr_mean", "weaktr_coarse", "afa_cam",
-              "affinity", "acr"}
+    wanted = {"cam", "grad_cam_last_block", "attention", "rollout", "getam", "weaktr", "weaktr_mean", "weaktr_coarse",
+              "afa_cam", "affinity", "acr"}
     assert wanted <= {maps for entry in ENTRIES.values() for maps in entry.maps}
 
 

@@ -51,8 +51,8 @@ class Entry:
 
 ACR = ("acr_gradient", "acr")
 ENTRIES: dict[str, Entry] = {
-    "classifier": Entry("toyvoc/cam", ("cam", "grad_cam", "attention", "rollout", "getam", "getam_grad", "getam_grad_s",
-                                       "getam_cam_grad"), retrained=True),
+    "classifier": Entry("toyvoc/cam", ("cam", "grad_cam_last_block", "attention", "rollout", "getam", "getam_grad",
+                                       "getam_grad_s", "getam_cam_grad"), retrained=True),
     "getam": Entry("toyvoc/getam", ("getam", MASKS)),
     "weaktr": Entry("toyvoc/weaktr", ("weaktr_coarse", "weaktr_class_attention", "weaktr_mean", "weaktr"),
                     retrained=True),
