@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .bench import Calls, Case
 from .bench_getam import CLASSES, random_vit
 from .data.views import permutation, transform
+from .kernels.baselines import consistency_terms
 from .models.attention import module_flags
 from .training.consistency import consistency_loss
 
@@ -38,12 +39,9 @@ def written_out_step(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[
     finally:
         for hook in hooks:
             hook.remove()
-    depth, region, affinity = len(model.blocks), [], []
-    for one, two in zip(attention[:depth], attention[depth:]):  # (B, N, N) each
-        region.append((one[:, 0, prefix:] - two[:, 0, prefix:][:, order]).abs().mean())
-        patches = two[:, prefix:, prefix:][:, order][:, :, order]
-        affinity.append((one[:, prefix:, prefix:] - patches).abs().mean())
-    consistency = 100 * (torch.stack(region).mean() + torch.stack(affinity).mean())
+    depth = len(model.blocks)
+    views = zip(attention[:depth], attention[depth:])  # of each block (B, N, N) twice
+    consistency = 100 * torch.stack([sum(consistency_terms(one, two, order, prefix)) for one, two in views]).mean()
     classes = sum(F.multilabel_soft_margin_loss(x, labels) for x in logits)
     return _backward(model, classes, classes + consistency)
 

@@ -150,7 +150,7 @@ def trained_network(checkpoint: str | None, backbone: str, device: str) -> tuple
 
 def localize(args: argparse.Namespace) -> None:
     """Write the pseudo labels of a split, from image-level labels, into a folder."""
-    from .reports import MAPS, write_labels
+    from .reports import MAPS, map_options, write_labels
     from .training import distributed
 
     check_device(args.device)
@@ -160,7 +160,7 @@ def localize(args: argparse.Namespace) -> None:
         data = open_data(record, args.root, args.split)
         refine = None if args.refine == "none" else args.refine
         options = {"scales": tuple(args.scales), "flip": args.flip, "refine": refine, "size": args.size,
-                   "limit": args.limit, "progress": first_process(), **map_options(args.method, record)}
+                   "limit": args.limit, "progress": first_process(), **map_options(args.method, loss_of(record))}
         written = write_labels(model, data, args.background, args.out, **options)
         written = distributed.total_counts(written)
     if first_process():
@@ -180,12 +180,9 @@ def open_data(record: dict | None, root: str | None, split: str, truth: bool = F
     return open_split(data, root or shipped("toyvoc"), split, truths if truth else ())
 
 
-def map_options(method: str, record: dict | None) -> dict:
-    """The options of a map: those of its table, and the radius that the affinity was trained with."""
-    from .reports import MAPS
-
-    radius = (record or {}).get("recipe", {}).get("loss", {}).get("radius")
-    return {**MAPS[method], **({"radius": radius} if method == "affinity" and radius else {})}
+def loss_of(record: dict | None) -> dict:
+    """The options of the loss that the weights were trained with; none where no recipe made them."""
+    return (record or {}).get("recipe", {}).get("loss", {})
 
 
 def check_methods(methods: list[str], known: Iterable[str]) -> None:

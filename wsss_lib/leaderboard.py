@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .localization import localize
 from .localization.cam import eval_mode
 from .pipeline import second_recipe, train_segmenter
 from .refinement import affinity_maps
-from .reports import MAPS, localize_split, report
+from .reports import localize_split, map_options, report
 from .segmentation import segment, segmentation_report
 from .training.fit import fit, load_trained
 from .training.recipes import Recipe, find_recipe, override
@@ -71,11 +71,11 @@ def run(
     root: str | Path,
     runs: str | Path,
     out: str | Path,
-    seeds: Iterable[int] = (0, 1, 2),
-    networks: Iterable[str] = tuple(ENTRIES),
+    seeds: Sequence[int] = (0, 1, 2),
+    networks: Sequence[str] = tuple(ENTRIES),
     limit: int | None = 300,
     device: str = "cpu",
-    settings: Iterable[str] = (),
+    settings: Sequence[str] = (),
 ) -> list[dict]:
     """Train what is not trained, score what is not scored; return the rows of these networks and seeds.
 
@@ -104,7 +104,7 @@ def run(
     return rows
 
 
-def _trained(recipe: Recipe, root: str | Path, folder: Path, maps: str | None, settings: Iterable[str]) -> nn.Module:
+def _trained(recipe: Recipe, root: str | Path, folder: Path, maps: str | None, settings: Sequence[str]) -> nn.Module:
     """The network of a recipe, trained if it is not there; with `maps` MASKS its Segmenter."""
     if maps == MASKS:
         second = override(second_recipe(recipe), list(settings))
@@ -133,9 +133,8 @@ def _score(model: nn.Module, data, maps: str, recipe: Recipe, limit: int | None)
     if maps == MASKS:
         scores = {kind or "raw": segmentation_report(model, data, limit=limit, refine=kind) for kind in (None, "crf")}
         return {"scores": scores, **_cost(model, data, lambda image, labels: segment(model, image))}
-    options = {"limit": limit, "power": 1.0, **MAPS[maps]}
-    if options["method"] == "affinity":
-        options |= {**AFA_VIEWS, "radius": recipe.loss["radius"]} if options.get("walk", True) else AFA_VIEWS
+    options = {"limit": limit, "power": 1.0, **map_options(maps, recipe.loss)}
+    options |= AFA_VIEWS if options["method"] == "affinity" else {}
     split = localize_split(model, data, **options)
     scores = {kind or "raw": _short(report(model, data, split=split, refine=kind, **options)) for kind in REFINEMENTS}
     of_map = {k: v for k, v in options.items() if k not in ("limit", "power", "minmax", "method")}

@@ -13,7 +13,7 @@ from .commands import (
     check_methods,
     default_tree,
     first_process,
-    map_options,
+    loss_of,
     open_data,
     trained_network,
 )
@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _scores(model: nn.Module, data, record: dict | None, args: argparse.Namespace) -> dict[str, dict]:
     """A report of each method and refinement: by the method's name, a refinement's after a plus."""
-    from .reports import localize_split, report
+    from .reports import localize_split, map_options, report
     from .segmentation import segmentation_report
 
     options = {"scales": tuple(args.scales), "flip": args.flip, "limit": args.limit, "progress": first_process()}
@@ -59,7 +59,7 @@ def _scores(model: nn.Module, data, record: dict | None, args: argparse.Namespac
             kinds = {r: kind for r, kind in refinements.items() if kind in (None, "crf")} or {"none": None}
             found = {r: segmentation_report(model, data, refine=kind, **options) for r, kind in kinds.items()}
         else:
-            of_map = {"power": 1., **options, **map_options(method, record)}
+            of_map = {"power": 1., **options, **map_options(method, loss_of(record))}
             split = localize_split(model, data, **of_map)
             given = {"background": args.background, "split": split, **of_map}
             found = {r: report(model, data, refine=kind, **given) for r, kind in refinements.items()}

@@ -51,6 +51,12 @@ MAPS: dict[str, dict] = {
 }
 
 
+def map_options(name: str, loss: dict) -> dict:
+    """The options of a map of MAPS, and the radius that the affinity was trained with, from a recipe's `loss`."""
+    radius = {"radius": loss["radius"]} if name == "affinity" and loss.get("radius") else {}
+    return {**MAPS[name], **radius}
+
+
 @dataclass
 class LocalizedSplit:
     """Everything a score needs of a split, in memory: maps at the token grid, truths at picture size.

@@ -198,7 +198,15 @@ def attention_consistency_loss(
         scale, p = q_1.shape[-1] ** -0.5, num_prefix_tokens
         one = ((q_1 * scale) @ k_1.transpose(-2, -1)).softmax(-1).mean(1)  # (B, H, N, N) -> (B, N, N)
         two = ((q_2 * scale) @ k_2.transpose(-2, -1)).softmax(-1).mean(1)
-        region.append((one[:, 0, p:] - two[:, 0, p:][:, permutation]).abs().mean())
-        patches = two[:, p:, p:][:, permutation][:, :, permutation]
-        affinity.append((one[:, p:, p:] - patches).abs().mean())
+        terms = consistency_terms(one, two, permutation, p)
+        region.append(terms[0])
+        affinity.append(terms[1])
     return torch.stack(region).mean(), torch.stack(affinity).mean()
+
+
+def consistency_terms(one: Tensor, two: Tensor, permutation: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """ACR's region and affinity terms of one block, from the attention of two views, (B, N, N) each."""
+    p = num_prefix_tokens
+    patches = two[:, p:, p:][:, permutation][:, :, permutation]
+    region = (one[:, 0, p:] - two[:, 0, p:][:, permutation]).abs().mean()
+    return region, (one[:, p:, p:] - patches).abs().mean()
