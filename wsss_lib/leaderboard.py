@@ -153,18 +153,22 @@ def _short(found: dict) -> dict:
 
 
 def _cost(model: nn.Module, data, one, pictures: int = 9) -> dict:
-    """Median seconds of a picture alone, and the most memory that it takes beside the weights, in bytes."""
+    """Median seconds of a picture alone, and the most memory that it takes beside the weights, in bytes.
+
+    On a CPU these are seconds of its cores, summed: other work on the machine does not count.
+    """
     device, seconds = next(model.parameters()).device, []
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
     for i in range(min(pictures, len(data))):
         batch = transform(data[i])
         image, labels = batch["image"][None].to(device), batch["labels"][None].to(device)
         with eval_mode(model):
-            started = time.perf_counter()
+            started = clock()
             one(image, labels)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
     with eval_mode(model):
         peak = peak_bytes(lambda: one(image, labels), device)
     return {"seconds_per_picture": round(statistics.median(seconds), 4), "bytes_per_picture": peak}
