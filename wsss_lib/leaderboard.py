@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bench_instruments import peak_bytes
 from .data.sample import TRUTHS
 from .data.splits import open_split
 from .data.transforms import EvalTransform
+from .data.voc import encode_mask
 from .ledgers import write_results
 from .localization import localize
 from .localization.cam import eval_mode
@@ -33,6 +34,7 @@ from .training.fit import fit, load_trained
 from .training.recipes import Recipe, find_recipe, override
 
 REFINEMENTS = (None, "par", "crf")
+SHOWN = 8               # the first so many pictures' masks are kept beside a row, to be looked at
 MASKS = "segmentation"  # stands for a network's own masks where else the name of its maps stands
 
 
@@ -98,8 +100,9 @@ def run(
                 file = Path(out, f"{name}.{maps}.{seed}.json")
                 if not file.exists():
                     model = _trained(recipe, root, folder, maps if entry.retrained else None, settings).to(device)
-                    row = {"network": name, "maps": maps, "seed": seed, **_score(model, data, maps, recipe, limit)}
-                    write_results(file, row)
+                    scores, masks = _score(model, data, maps, recipe, limit)
+                    write_strips(file.with_suffix(".png"), masks)
+                    write_results(file, {"network": name, "maps": maps, "seed": seed, **scores})
                 rows.append(json.loads(file.read_text(encoding="utf-8")))
     return rows
 
@@ -128,23 +131,36 @@ def check_same(recipe: Recipe, made: dict, weights: Path) -> None:
             raise ValueError(f"{weights}: {field}: found {found}, expected {expected}")
 
 
-def _score(model: nn.Module, data, maps: str, recipe: Recipe, limit: int | None) -> dict:
-    """Scores of one kind of maps, as they are and refined, or of the network's masks; and what a picture costs."""
+def _score(
+    model: nn.Module, data, maps: str, recipe: Recipe, limit: int | None
+) -> tuple[dict, list[list[Tensor]]]:
+    """Scores of one kind of maps, as they are and refined, or of the network's masks, and what a picture costs; and
+    the first masks, (H, W) each: of maps as they are and by PAR, each at its best threshold, of a network its own."""
     if maps == MASKS:
         scores = {kind or "raw": segmentation_report(model, data, limit=limit, refine=kind) for kind in (None, "crf")}
-        return {"scores": scores, **_cost(model, data, lambda image, labels: segment(model, image))}
+        return {"scores": scores, **_cost(model, data, lambda image, labels: segment(model, image))}, [
+            [segment(model, batch["image"]).argmax(dim=1)[0].cpu() for batch in _batches(model, data, SHOWN)]]
     options = {"limit": limit, "power": 1.0, **map_options(maps, recipe.loss)}
     options |= AFA_VIEWS if options["method"] == "affinity" else {}
     split = localize_split(model, data, **options)
     scores = {kind or "raw": _short(report(model, data, split=split, refine=kind, **options)) for kind in REFINEMENTS}
     of_map = {k: v for k, v in options.items() if k not in ("limit", "power", "minmax", "method")}
+    masks = [[replace(split, refine=kind).pseudo_labels(i, scores[kind or "raw"]["best"]["background"])
+              for i in range(min(SHOWN, len(split.samples)))] for kind in (None, "par")]
 
-    def one(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def one(image: Tensor, labels: Tensor) -> Tensor:
         if options["method"] == "affinity":
             return affinity_maps(model, image, labels, **of_map)
         return localize(model, image, labels, method=options["method"], **of_map)
 
-    return {"scores": scores, **_cost(model, data, one)}
+    return {"scores": scores, **_cost(model, data, one)}, masks
+
+
+def write_strips(path: str | Path, masks: list[list[Tensor]]) -> None:
+    """Rows of masks, (H, W) each and all of one size, side by side and below each other, as one palette PNG."""
+    pixels = torch.cat([torch.cat(row, dim=1) for row in masks])  # (rows H, pictures W)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(encode_mask(pixels.numpy().astype("uint8")))
 
 
 def _short(found: dict) -> dict:
@@ -152,25 +168,29 @@ def _short(found: dict) -> dict:
     return {k: v for k, v in found.items() if k not in ("options", "method", "device", "context_activation")}
 
 
-def _cost(model: nn.Module, data, one, pictures: int = 9) -> dict:
+def _batches(model: nn.Module, data, pictures: int) -> Iterator[dict[str, Tensor]]:
+    """The first pictures of the data, each a batch of its own on the model's device: image and labels."""
+    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
+    for i in range(min(pictures, len(data))):
+        batch = transform(data[i])
+        yield {name: batch[name][None].to(next(model.parameters()).device) for name in ("image", "labels")}
+
+
+def _cost(model: nn.Module, data, one: Callable[[Tensor, Tensor], Tensor], pictures: int = 9) -> dict:
     """Median seconds of a picture alone, and the most memory that it takes beside the weights, in bytes.
 
     On a CPU these are seconds of its cores, summed: other work on the machine does not count.
     """
     device, seconds = next(model.parameters()).device, []
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    transform = EvalTransform(mean=model.data_config["mean"], std=model.data_config["std"])
-    for i in range(min(pictures, len(data))):
-        batch = transform(data[i])
-        image, labels = batch["image"][None].to(device), batch["labels"][None].to(device)
-        with eval_mode(model):
+    with eval_mode(model):
+        for batch in _batches(model, data, pictures):
             started = clock()
-            one(image, labels)
+            one(batch["image"], batch["labels"])
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(clock() - started)
-    with eval_mode(model):
-        peak = peak_bytes(lambda: one(image, labels), device)
+        peak = peak_bytes(lambda: one(batch["image"], batch["labels"]), device)
     return {"seconds_per_picture": round(statistics.median(seconds), 4), "bytes_per_picture": peak}
 
 
