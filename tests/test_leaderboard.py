@@ -5,6 +5,8 @@ import json
 import pytest
 
 from wsss_lib.__main__ import main
+from wsss_lib.data.sample import read_mask
+from wsss_lib.data.splits import open_split
 from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.leaderboard import ENTRIES, MASKS, lines, read_rows, run, table
 from wsss_lib.pipeline import label_options
@@ -44,8 +46,18 @@ def test_every_kind_of_row(network, settings, tree, tmp_path):
     entry = ENTRIES[network]
     names = [*entry.maps, *([MASKS] if entry.retrained else [])]
     assert [row["maps"] for row in rows] == names and {row["seed"] for row in rows} == {3}
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(f"{network}.{maps}.3.json" for maps in names)
+    files = [f"{network}.{maps}.3.{kind}" for maps in names for kind in ("json", "png")]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(files)
+    truth = open_split("toyvoc", tree, "val", ("mask",))[0].mask
     for row in rows:
+        masks = row["maps"] == MASKS
+        strips = read_mask(tmp_path / "out" / f"{network}.{row['maps']}.3.png", 20)
+        assert strips.shape == (112 if masks else 224, 224), "two pictures beside, PAR below"
+        if not masks:
+            assert set(strips[:112, :112].unique().tolist()) <= {0, *truth.unique().tolist()}
+        assert ("pseudo_labels" in row) == (masks and entry.retrained)
+        if "pseudo_labels" in row:
+            assert row["pseudo_labels"]["pictures"] == 4 and 0 < row["pseudo_labels"]["miou"] < 1
         assert row["seconds_per_picture"] > 0 and row["bytes_per_picture"] > 1e5
         assert set(row["scores"]) == ({"raw", "crf"} if row["maps"] == MASKS else {"raw", "par", "crf"})
         if row["maps"] != MASKS:
