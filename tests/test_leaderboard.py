@@ -8,7 +8,8 @@ from wsss_lib.__main__ import main
 from wsss_lib.data.sample import read_mask
 from wsss_lib.data.splits import open_split
 from wsss_lib.data.toyvoc import build_toyvoc
-from wsss_lib.leaderboard import ENTRIES, MASKS, lines, read_rows, run, table
+from wsss_lib.leaderboard import ENTRIES, MASKS, run
+from wsss_lib.leaderboard_table import lines, read_rows, table, title
 from wsss_lib.pipeline import label_options
 from wsss_lib.reports import MAPS
 from wsss_lib.training.fit import load_trained
@@ -28,6 +29,7 @@ def test_entries_name_what_exists():
         assert set(entry.maps) <= {*MAPS, MASKS}, name
         if entry.retrained:
             assert label_options(recipe)["background"] and MASKS not in entry.maps
+        assert len({title(name, maps) for maps in (*entry.maps, MASKS)}) == len({*entry.maps, MASKS})
     wanted = {"cam", "grad_cam_last_block", "attention", "rollout", "getam", "weaktr", "weaktr_mean", "weaktr_coarse",
               "afa_cam", "affinity", "acr"}
     assert wanted <= {maps for entry in ENTRIES.values() for maps in entry.maps}
@@ -63,7 +65,7 @@ def test_every_kind_of_row(network, settings, tree, tmp_path):
         if row["maps"] != MASKS:
             assert row["scores"]["raw"]["fixed"]["background"] == 0.4 and row["scores"]["raw"]["pictures"] == 2
     text = lines(table(rows))
-    assert len(text) == 1 + len(names) and all(line.startswith(network) for line in text[1:])
+    assert len(text) == 1 + len(names) and all(title(network, m) in line for m, line in zip(names, text[1:]))
     assert [r["maps"] for r in read_rows(tmp_path / "out")] == names
 
 
@@ -111,7 +113,7 @@ def test_the_command(tree, tmp_path, monkeypatch, capsys):
                  "acr_affinity", "--limit", 1, "--set", *SHORT]
     monkeypatch.setattr("sys.argv", ["wsss_lib", "leaderboard", *map(str, arguments)])
     main()
-    assert "acr_gradient" in capsys.readouterr().out
+    assert "ACR, affinity: gradient maps" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["wsss_lib", "leaderboard", "--networks", "resnet", "--root", str(tree)])
     with pytest.raises(SystemExit, match="networks: found resnet, expected some of classifier, getam"):
         main()

@@ -94,7 +94,8 @@ def saliency(args: argparse.Namespace) -> None:
 
 def leaderboard(args: argparse.Namespace) -> None:
     """Train and score all methods on one backbone and one data set."""
-    from .leaderboard import ENTRIES, lines, run, table
+    from .leaderboard import ENTRIES, run
+    from .leaderboard_table import lines, table
 
     check_device(args.device)
     root, networks = args.root or default_tree("toyvoc"), args.networks or list(ENTRIES)
