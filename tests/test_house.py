@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"reports", "segmentation", "pipeline", "course", "bench", "bench_acr", "bench_cases", "bench_getam", "bench_instruments"},
     {"viz"},
-    {"prediction", "students", "widgets", "leaderboard"},
+    {"prediction", "students", "widgets", "leaderboard", "leaderboard_table"},
     {"commands", "measuring", "__main__", "__init__"},
 ]
 

@@ -194,7 +194,6 @@ def check_methods(methods: list[str], known: Iterable[str]) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Segment a folder of one's own pictures: colour masks and overlays."""
-    from .data.coco import COCO_CLASSES
     from .data.voc import VOC_CLASSES
     from .prediction import predict_folder
     from .training.fit import load_trained
@@ -204,7 +203,7 @@ def predict(args: argparse.Namespace) -> None:
     model, record = load_trained(args.checkpoint)
     side = args.side or record["recipe"]["crop_size"]
     counts = predict_folder(model.to(args.device), args.images, args.out, side, args.scales, args.flip)
-    names = COCO_CLASSES if model.num_classes == len(COCO_CLASSES) else VOC_CLASSES
+    names = record.get("classes", VOC_CLASSES)
     classes = sorted({c for count in counts for c in count if c})
     seen = ", ".join(f"{class_name(c, names)} in {sum(c in count for count in counts)}" for c in classes)
     print(f"{args.out}: {len(counts)} pictures; found {seen or 'background only'}")

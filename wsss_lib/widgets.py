@@ -57,7 +57,7 @@ def threshold_explorer(model: nn.Module, images: Tensor, labels: Tensor, masks: 
     if method in METHODS and "start_layer" in signature(METHODS[method]).parameters:
         depth = len(model.backbone.blocks)
         layers["start_layer"] = IntSlider(depth // 2 if start_layer is None else start_layer, 0, depth - 1)
-    return _explorer(draw, len(images), threshold=FloatSlider(threshold, min=0, max=1, step=0.05), **layers)
+    return explorer(draw, len(images), threshold=FloatSlider(threshold, min=0, max=1, step=0.05), **layers)
 
 
 def show_threshold(photo: ArrayLike, maps: Tensor, labels: Tensor, threshold: float = 0.4,
@@ -88,9 +88,9 @@ def par_slider(images: Sequence[Tensor], maps: Sequence[Tensor], labels: Tensor,
         mask = None if masks is None else masks[picture]
         return show_par(photo, maps[picture], labels[picture], iterations, threshold, variant, mask, class_names)
 
-    return _explorer(draw, len(images), iterations=IntSlider(num_iter, 0, most),
-                     threshold=FloatSlider(threshold, min=0, max=1, step=0.05),
-                     variant=SelectionSlider(options=["par", "pamr"], value=variant))
+    return explorer(draw, len(images), iterations=IntSlider(num_iter, 0, most),
+                    threshold=FloatSlider(threshold, min=0, max=1, step=0.05),
+                    variant=SelectionSlider(options=["par", "pamr"], value=variant))
 
 
 def show_par(photo: ArrayLike, maps: Tensor, labels: Tensor, num_iter: int = 10, threshold: float = 0.4,
@@ -141,9 +141,9 @@ def head_picker(model: nn.Module, images: Tensor, masks: Sequence[ArrayLike] | N
         return show_head(model, images[picture], block, None if head == "mean" else head, asker, mask)
 
     heads = ["mean", *range(model.backbone.blocks[0].attn.num_heads)]
-    return _explorer(draw, len(images), block=IntSlider(block, 0, len(model.backbone.blocks) - 1),
-                     head=SelectionSlider(options=heads, value="mean" if head is None else head),
-                     asks=SelectionSlider(options=[*askers, "patch"]), **patch)
+    return explorer(draw, len(images), block=IntSlider(block, 0, len(model.backbone.blocks) - 1),
+                    head=SelectionSlider(options=heads, value="mean" if head is None else head),
+                    asks=SelectionSlider(options=[*askers, "patch"]), **patch)
 
 
 def show_head(model: nn.Module, image: Tensor, block: int = 0, head: int | None = None,
@@ -183,8 +183,8 @@ def two_view_explorer(model: nn.Module | Mapping[str, nn.Module], images: Tensor
         return show_two_views(model, images[picture], (row, column), block, head, view)
 
     blocks = IntSlider(block, 0, len(first.backbone.blocks) - 1)
-    return _explorer(draw, len(images), **_patch_sliders(first, images), block=blocks,
-                     view=SelectionSlider(options=list(VIEWS), value=view))
+    return explorer(draw, len(images), **_patch_sliders(first, images), block=blocks,
+                    view=SelectionSlider(options=list(VIEWS), value=view))
 
 
 def show_two_views(model: nn.Module | Mapping[str, nn.Module], image: Tensor, patch: tuple[int, int], block: int = 0,
@@ -244,8 +244,8 @@ def attention_row(model: nn.Module, image: Tensor, block: int = 0, head: int | N
     return (rows.mean(dim=0) if head is None else rows[head]).unflatten(0, (height, width)).cpu()
 
 
-def _explorer(draw: Callable[..., Figure], count: int, **controls: IntSlider | FloatSlider | SelectionSlider) -> VBox:
-    """The controls, before them one for `count` pictures, and what `draw` makes of their values, or its error."""
+def explorer(draw: Callable[..., Figure], count: int, **controls: IntSlider | FloatSlider | SelectionSlider) -> VBox:
+    """Controls of your own, and one for `count` pictures: `draw(picture=0, name=value, ...)` gives a Figure."""
     controls, output = {"picture": IntSlider(0, 0, count - 1), **controls}, HTML()
     shown = [c for c in controls.values() if isinstance(c, SelectionSlider) or c.min < c.max]  # not for one picture
     for name, control in controls.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .sample import Sample, read_image, read_mask
+from .sample import Sample, read_grey, read_mask
 
 
 class _WithFolder(Dataset):
@@ -60,10 +60,8 @@ class WithSaliency(_WithFolder):
     def __getitem__(self, i: int) -> Sample:
         sample = self.data[i]
         path, size = self._path(sample.name), tuple(sample.image.shape[-2:])
-        channels = read_image(path)  # (3, H, W), whatever the file's mode
-        if not (channels == channels[:1]).all():
-            raise ValueError(f"{path}: found colours, expected a grey map, 0..255")
-        if tuple(channels.shape[-2:]) != size:
-            found = tuple(channels.shape[-2:])
+        grey = read_grey(path)  # (1, H, W)
+        if tuple(grey.shape[-2:]) != size:
+            found = tuple(grey.shape[-2:])
             raise ValueError(f"{path}: found {found} (height, width), expected {size}, the picture's")
-        return replace(sample, saliency=tv_tensors.Image(channels[:1]))
+        return replace(sample, saliency=tv_tensors.Image(grey))

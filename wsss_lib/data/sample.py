@@ -57,6 +57,14 @@ def read_image(path: str | Path) -> tv_tensors.Image:
     return tv_tensors.Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous())
 
 
+def read_grey(path: str | Path) -> torch.Tensor:
+    """Read a grey map, 8 bits in a file of any mode: uint8 (1, H, W). Errors as `read_image`; ValueError for colours."""
+    channels = read_image(path)  # (3, H, W)
+    if not (channels == channels[:1]).all():
+        raise ValueError(f"{path}: found colours, expected a grey map, 0..255")
+    return channels[:1]
+
+
 def read_mask(
     path: str | Path,
     num_classes: int | None = None,

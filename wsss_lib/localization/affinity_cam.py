@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.transforms import scaled_views
-from .cam import at_least_float32, eval_mode
+from ..models.attention import at_least_float32
+from .cam import eval_mode
 from .normalize import normalize_maps
 from .slots import check_labels
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.attention import AttentionTape, fused_attention
+from ..models.attention import AttentionTape, at_least_float32, fused_attention
 from ..models.vit import token_grid
-from .cam import at_least_float32, eval_mode
+from .cam import eval_mode
 from .getam import check_calls, first_layer
 from .slots import check_labels
 

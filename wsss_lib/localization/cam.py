@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..models.attention import at_least_float32
 from ..models.vit import split_tokens, token_grid
 from .slots import check_labels, class_slots
 
@@ -25,11 +26,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def at_least_float32(maps: Tensor) -> Tensor:
-    """Half precision -> float32; float64 stays."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cam import at_least_float32, eval_mode
+from ..models.attention import at_least_float32
+from .cam import eval_mode
 from .slots import check_labels
 
 FUSIONS = ("adaptive", "mean", "coarse", "random")

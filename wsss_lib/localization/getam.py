@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models.attention import AttentionTape, module_flags
+from ..models.attention import AttentionTape, at_least_float32, module_flags
 from ..models.vit import num_class_tokens, token_grid
-from .cam import at_least_float32, eval_mode
+from .cam import eval_mode
 from .slots import check_labels, class_slots
 
 VARIANTS = ("cam_grad_s", "grad_s", "cam_grad", "grad")

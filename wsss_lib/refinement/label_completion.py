@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.sample import IGNORE
-from ..localization.cam import at_least_float32
 from ..localization.slots import check_labels
+from ..models.attention import at_least_float32
 
 SALIENT = 0.5  # saliency above it is foreground
 

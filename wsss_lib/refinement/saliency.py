@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.sample import IGNORE, read_image
+from ..data.sample import IGNORE, read_grey
 from .label_completion import SALIENT
 
 # Chosen on ToyVOC's training split.
@@ -135,10 +135,7 @@ class FolderSaliency:
     def read(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
         """The map of one picture in [0, 1], float32 (H, W); resized if a `size` = (H, W) is given."""
         path = self.folder / f"{name}.png"
-        channels = torch.as_tensor(read_image(path))  # (3, h, w), whatever the file's mode
-        if not (channels == channels[0]).all():
-            raise ValueError(f"{path}: found colours, expected a grey map, 0..255")
-        grey = channels[:1].float() / 255
+        grey = torch.as_tensor(read_grey(path)).float() / 255  # (1, h, w)
         (h, w), (height, width) = grey.shape[1:], size or grey.shape[1:]
         if abs(h * width - w * height) > max(h + w, height + width) / 2:  # each side is rounded by up to 1/2
             raise ValueError(f"{path}: found {h} x {w} (height x width), expected the shape of its picture, "

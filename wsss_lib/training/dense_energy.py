@@ -25,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..data.sample import IGNORE
 from ..kernels.dense_crf import METHODS, bilateral_features, choose_kernel_backend, gaussian_sum
 from ..kernels.permutohedral import PermutohedralLattice
-from ..localization.cam import at_least_float32
+from ..models.attention import at_least_float32
 
 
 def dense_energy_loss(

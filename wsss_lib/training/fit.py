@@ -57,6 +57,7 @@ def fit(
     with distributed.processes(recipe.config.device) as device:
         torch.manual_seed(recipe.config.seed)  # the new heads' first weights
         data = open_split(recipe.data, root, TRAIN_SPLITS[recipe.data])
+        classes = list(data.classes)
         model = create_model(recipe.method, recipe.backbone, data.num_classes, init, **recipe.network)
         freeze(model, recipe.freeze)
         data = data if masks is None else PseudoLabelled(data, masks)
@@ -74,6 +75,7 @@ def fit(
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
         "processes": share[1], "recipe": as_record(recipe), "num_classes": model.num_classes,
+        "classes": classes,
         "init": init if isinstance(init, bool) else Path(init).name,
         "masks": _name(masks), "saliency": _name(saliency),
         "command": command_line(), "commit": current_commit(),

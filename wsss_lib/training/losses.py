@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.sample import IGNORE
-from ..localization.cam import at_least_float32
+from ..models.attention import at_least_float32
 from .affinity import affinity_labels, affinity_loss
 from .consistency import consistency_loss
 from .dense_energy import check_logits, dense_energy_loss, upsampled

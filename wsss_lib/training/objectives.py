@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..data.sample import IGNORE
 from ..localization import affinity_cam, getam
-from ..localization.cam import at_least_float32, eval_mode
+from ..localization.cam import eval_mode
+from ..models.attention import at_least_float32
 from ..refinement import (
     CompletedLabels,
     ContrastSaliency,
