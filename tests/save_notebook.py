@@ -2,7 +2,8 @@
 
     python tests/save_notebook.py notebooks/01_cam_basics.ipynb ...
 
-Pictures are saved in 256 colours (a quarter of the bytes); times of execution, new with every run, are left out.
+Pictures are saved in 256 colours (a quarter of the bytes); times of execution, new with every run, are left out, and
+so are widgets, which without a kernel are an error message where the picture was.
 """
 
 import base64
@@ -14,14 +15,19 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def save(path: Path) -> None:
     """Execute one notebook in its folder and write it back."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
-    client.execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    notebook.metadata.pop("widgets", None)
+    NotebookClient(notebook, timeout=600, resources=resources, store_widget_state=False).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
