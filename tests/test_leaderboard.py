@@ -2,14 +2,15 @@
 
 import json
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from wsss_lib.__main__ import main
-from wsss_lib.data.sample import read_mask
 from wsss_lib.data.splits import open_split
 from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.leaderboard import ENTRIES, MASKS, run
-from wsss_lib.leaderboard_table import lines, read_rows, table, title
+from wsss_lib.leaderboard_table import lines, read_rows, read_strips, result_picture, table, title
 from wsss_lib.pipeline import label_options
 from wsss_lib.reports import MAPS
 from wsss_lib.training.fit import load_trained
@@ -53,10 +54,10 @@ def test_every_kind_of_row(network, settings, tree, tmp_path):
     truth = open_split("toyvoc", tree, "val", ("mask",))[0].mask
     for row in rows:
         masks = row["maps"] == MASKS
-        strips = read_mask(tmp_path / "out" / f"{network}.{row['maps']}.3.png", 20)
-        assert strips.shape == (112 if masks else 224, 224), "two pictures beside, PAR below"
+        strips = read_strips(tmp_path / "out" / f"{network}.{row['maps']}.3.png")
+        assert [[m.shape for m in line] for line in strips] == [[(112, 112)] * 2] * (1 if masks else 2)
         if not masks:
-            assert set(strips[:112, :112].unique().tolist()) <= {0, *truth.unique().tolist()}
+            assert set(np.unique(strips[0][0])) <= {0, *truth.unique().tolist()}, "of the first picture"
         assert ("pseudo_labels" in row) == (masks and entry.retrained)
         if "pseudo_labels" in row:
             assert row["pseudo_labels"]["pictures"] == 4 and 0 < row["pseudo_labels"]["miou"] < 1
@@ -67,6 +68,10 @@ def test_every_kind_of_row(network, settings, tree, tmp_path):
     text = lines(table(rows))
     assert len(text) == 1 + len(names) and all(title(network, m) in line for m, line in zip(names, text[1:]))
     assert [r["maps"] for r in read_rows(tmp_path / "out")] == names
+    if network == "classifier":
+        figure = result_picture(tmp_path / "out", (0, 1), seed=3)
+        assert len(figure.axes) == 10 and figure.axes[4].get_title() == "truth"
+        plt.close(figure)
 
 
 def test_rows_that_are_there_are_kept_and_weights_are_checked(tree, tmp_path):

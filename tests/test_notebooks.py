@@ -5,6 +5,7 @@ nbval runs each notebook from top to bottom and compares outputs; here is what n
 import ast
 import json
 import re
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -288,6 +289,11 @@ def test_another_seed_reaches_a_notebook_and_it_runs_to_the_end(path: Path, tmp_
     injected = [cell for cell in done.cells if tagged(cell, "injected-parameters")]
     assert len(injected) == 1 and "SEED = 7" in injected[0].source
     assert all(cell.execution_count for cell in code_cells(done))
+    if sys.platform == "linux":
+        import resource  # other systems have none, or count in other units
+
+        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest kernel so far
+        assert kilobytes < 3 * 2**20, "a Colab machine has 12 GB"
 
 
 @every_notebook

@@ -128,6 +128,7 @@ def main() -> None:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--networks", nargs="+", metavar="NAME", help="some of leaderboard.ENTRIES (default: all)")
     p.add_argument("--limit", type=int, default=300, help="pictures of val that are scored")
+    p.add_argument("--picture", metavar="PNG", help="also draw a few results of the first seed's classifier")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every recipe")
     p.add_argument("--device", default="cpu")
     p.set_defaults(run=measuring.leaderboard)

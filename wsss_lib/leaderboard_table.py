@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from . import viz
 from .data.sample import read_mask
 from .data.toyvoc import draw_sample
 from .data.voc import VOC_CLASSES
-from .leaderboard import ENTRIES, MASKS, SHOWN
+from .leaderboard import ENTRIES, MASKS
 
 # What the names of networks and maps say to a reader.
 NETWORKS = {
@@ -97,17 +98,18 @@ def lines(entries: list[dict]) -> list[str]:
 
 
 def read_strips(file: str | Path) -> list[list[np.ndarray]]:
-    """The masks that `leaderboard.write_strips` kept: for each row, uint8 (H, H) of each picture."""
-    pixels = read_mask(file).numpy()  # (rows H, pictures H)
-    side = pixels.shape[1] // SHOWN
-    return [np.split(row, SHOWN, axis=1) for row in np.split(pixels, len(pixels) // side)]
+    """The masks that `leaderboard.write_strips` kept beside a row: uint8 (H, H) of each picture, of maps as they are
+    and by PAR, of a network that segments in one list alone."""
+    pixels = read_mask(file).numpy()  # (lines H, pictures H)
+    count = 1 if f".{MASKS}." in Path(file).name else 2
+    return [np.split(line, count * pixels.shape[1] // len(pixels), axis=1) for line in np.split(pixels, count)]
 
 
-def result_picture(folder: str | Path, pictures: tuple[int, ...], seed: int = 0) -> Figure:
+def result_picture(folder: str | Path, pictures: Sequence[int] = (0, 3, 6), seed: int = 0) -> Figure:
     """What the course is about, in one figure: words and picture, CAM, CAM refined by PAR, a Segmenter's mask, truth.
 
-    folder: of the scores, whose strips are shown; pictures: places below SHOWN. The pictures are drawn again, as the
-    tree was: ToyVOC, seed 0, val.
+    folder: of the scores, whose strips are shown; pictures: places in them. The pictures are drawn again, as the
+    tree was: ToyVOC, seed 0, val. FileNotFoundError where the classifier or its Segmenter has no strip.
     """
     raw, par = read_strips(Path(folder, f"classifier.cam.{seed}.png"))
     masks, = read_strips(Path(folder, f"classifier.{MASKS}.{seed}.png"))
@@ -117,5 +119,5 @@ def result_picture(folder: str | Path, pictures: tuple[int, ...], seed: int = 0)
         rows.append([sample.image, *(viz.overlay_mask(sample.image, mask) for mask in (
             raw[i], par[i], masks[i], sample.mask))])
         words.append("\n".join(VOC_CLASSES[c - 1] for c in np.setdiff1d(sample.mask, (0, 255))))
-    return viz.show_grid(rows, ["all that is told: words", "CAM", "CAM, refined", "a network that\nlearned from these", "truth"],
-                         words, width=9)
+    titles = ["all that is told: words", "CAM", "CAM, refined by PAR", "learned from these:\nneeds no words", "truth"]
+    return viz.show_grid(rows, titles, words, width=9)

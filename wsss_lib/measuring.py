@@ -95,12 +95,14 @@ def saliency(args: argparse.Namespace) -> None:
 def leaderboard(args: argparse.Namespace) -> None:
     """Train and score all methods on one backbone and one data set."""
     from .leaderboard import ENTRIES, run
-    from .leaderboard_table import lines, table
+    from .leaderboard_table import lines, result_picture, table
 
     check_device(args.device)
     root, networks = args.root or default_tree("toyvoc"), args.networks or list(ENTRIES)
     rows = run(root, args.runs, args.out, args.seeds, networks, args.limit, args.device, args.set)
     print(*lines(table(rows)), sep="\n")
+    if args.picture:
+        result_picture(args.out).savefig(args.picture, dpi=80)
 
 
 def bench(args: argparse.Namespace) -> None:
