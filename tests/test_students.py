@@ -290,6 +290,7 @@ QUOTED = {
     "04_weaktr": {"0.96": "0.96 at the end", "quality is 0.1": "with AP 0.1", "137 of 196": "137 of 196",
                   "99 %": "99% of the wrong", "54 %": "54% of the object"},
     "05_afa_par": {"55 of 100": "55% before", "loses 11": "46.7", "gains 18": "75.6"},
+    "08_leaderboard": {"6.0 points": "6.0 points", "11.8 after": "11.8 points", "seven are seen": "'seen': 7"},
     "07_end_to_end": {"79 % right": "of those right 79%", "6 % of the object": "of object pixels right 6%"},
 }
 
