@@ -15,6 +15,7 @@ from wsss_lib.data.splits import open_split
 from wsss_lib.data.toyvoc import build_toyvoc
 from wsss_lib.data.voc import VOC
 from wsss_lib.models.segmenter import Segmenter
+from wsss_lib.paths import shipped
 from wsss_lib.pipeline import label_options, second_recipe, train_segmenter
 from wsss_lib.reports import localize_split, report, write_labels
 from wsss_lib.segmentation import segmentation_report
@@ -134,6 +135,8 @@ def test_another_recipe_in_the_folder_is_refused(tree, tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"checkpoint.safetensors: {message}"):
             train_segmenter(override(recipe, [setting]), tree, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="recipe.init: found True, expected toyvit_plain.safetensors"):
+        train_segmenter(recipe, tree, tmp_path, init=shipped("checkpoints/toyvit_plain.safetensors"), progress=False)
     other = build_toyvoc(tmp_path / "other", 5, 0, 0, processes=1, progress=False)
     with pytest.raises(ValueError, match="recipe.pictures: found 4, expected 5"):
         train_segmenter(recipe, other, tmp_path, progress=False)

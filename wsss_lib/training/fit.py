@@ -68,6 +68,8 @@ def fit(
         objective = OBJECTIVES[recipe.method](**recipe.loss)
         settings = {f"recipe.{name}": value for name, value in as_record(recipe).items() if name != "config"}
         settings |= {"recipe.pictures": len(data), "recipe.masks": _name(masks), "recipe.saliency": _name(saliency)}
+        start = init if isinstance(init, bool) else Path(init).name
+        settings["recipe.init"] = start
         options = {"evaluate": evaluate, "progress": progress, "settings": settings}
         last = train(model, batches, objective, config, out, resume, **options)[-1]
         if distributed.rank():
@@ -75,9 +77,7 @@ def fit(
     record = {
         "seed": recipe.config.seed, "images": last["pictures"], "seconds": round(last["seconds"]),
         "processes": share[1], "recipe": as_record(recipe), "num_classes": model.num_classes,
-        "classes": classes,
-        "init": init if isinstance(init, bool) else Path(init).name,
-        "masks": _name(masks), "saliency": _name(saliency),
+        "classes": classes, "init": start, "masks": _name(masks), "saliency": _name(saliency),
         "command": command_line(), "commit": current_commit(),
     }
     files = {Path(out, "model.safetensors"): None}
