@@ -1,6 +1,7 @@
 """The comparison of all methods: every row trained, scored, kept, and put into one table."""
 
 import json
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -119,6 +120,12 @@ def test_the_command(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["wsss_lib", "leaderboard", *map(str, arguments)])
     main()
     assert "ACR, affinity: gradient maps" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr("wsss_lib.leaderboard_table.result_picture", lambda *at, **of: drawn.append((at, of)) or plt.figure())
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--picture", str(tmp_path / "picture.png")])
+    main()
+    plt.close("all")
+    assert drawn == [((str(tmp_path / "out"),), {"seed": 1})] and (tmp_path / "picture.png").stat().st_size > 0
     monkeypatch.setattr("sys.argv", ["wsss_lib", "leaderboard", "--networks", "resnet", "--root", str(tree)])
     with pytest.raises(SystemExit, match="networks: found resnet, expected some of classifier, getam"):
         main()

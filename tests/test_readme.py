@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from wsss_lib import models
@@ -13,6 +14,7 @@ from wsss_lib.leaderboard import ENTRIES, MASKS
 from wsss_lib.leaderboard_table import read_rows, table
 from wsss_lib.localization import METHODS
 from wsss_lib.training.objectives import OBJECTIVES
+from wsss_lib.training.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -185,6 +187,14 @@ def test_the_comparison_is_quoted_as_measured():
     for kind in ("masks", "masks crf"):
         best = max((e["scores"][kind][0], key) for key, e in board.items() if kind in e["scores"])
         assert best[1] == ("classifier", MASKS), "a Segmenter on them the best masks"
+
+
+@pytest.mark.parametrize("name, maps", [("cam", "cam"), ("acr", "acr_gradient")])
+def test_a_recipes_threshold_is_the_best_of_200_training_pictures(name, maps):
+    r = _ledger(f"label_threshold_{name}.json")[f"{maps}+par"]
+    labels = find_recipe(f"toyvoc/{name}").labels
+    assert (r["split"], r["pictures"]) == ("train", 200) and labels["maps"] == maps and labels["refine"] == "par"
+    assert labels["background"] == round(20 * r["best"]["background"]) / 20, "to the next .05"
 
 
 def test_the_saliency_is_quoted_as_measured():

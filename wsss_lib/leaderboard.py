@@ -103,9 +103,10 @@ def run(
             for maps in (*entry.maps, *((MASKS,) if entry.retrained else ())):
                 file = Path(out, f"{name}.{maps}.{seed}.json")
                 if not file.exists():
-                    model = _trained(recipe, root, folder, maps if entry.retrained else None, settings).to(device)
+                    retrained = entry.retrained and maps == MASKS
+                    model = _trained(recipe, root, folder, retrained, settings).to(device)
                     scores, masks = _score(model, data, maps, recipe, limit)
-                    if maps == MASKS and entry.retrained:
+                    if retrained:
                         scores["pseudo_labels"] = _labels_report(root, folder / "labels")
                     write_strips(file.with_suffix(".png"), masks)
                     write_results(file, {"network": name, "maps": maps, "seed": seed, **scores})
@@ -113,9 +114,9 @@ def run(
     return rows
 
 
-def _trained(recipe: Recipe, root: str | Path, folder: Path, maps: str | None, settings: Sequence[str]) -> nn.Module:
-    """The network of a recipe, trained if it is not there; with `maps` MASKS its Segmenter."""
-    if maps == MASKS:
+def _trained(recipe: Recipe, root: str | Path, folder: Path, retrained: bool, settings: Sequence[str]) -> nn.Module:
+    """The network of a recipe, trained if it is not there, or the Segmenter that learned from its pseudo labels."""
+    if retrained:
         second = override(second_recipe(recipe), [*SEGMENTER, *settings])
         return train_segmenter(recipe, root, folder, second=second)
     weights = folder / "model.safetensors"

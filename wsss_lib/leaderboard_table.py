@@ -17,12 +17,12 @@ from .data.voc import VOC_CLASSES
 from .leaderboard import ENTRIES, MASKS
 
 # What the names of networks and maps say to a reader.
-NETWORKS = {
+NETWORK_TITLES = {
     "classifier": "CAM", "getam": "GETAM end to end", "weaktr": "WeakTr", "afa": "AFA on toyvit", "afa_toymit": "AFA",
     "acr_without": "ACR, no consistency", "acr_region": "ACR, region", "acr_affinity": "ACR, affinity",
     "acr": "ACR, both",
 }
-MAPS = {
+MAP_TITLES = {
     "cam": "CAM", "grad_cam_last_block": "Grad-CAM, last block", "attention": "class attention",
     "rollout": "attention rollout", "getam": "GETAM (A G G)", "getam_grad": "GETAM, G", "getam_grad_s": "GETAM, G G",
     "getam_cam_grad": "GETAM, A G", "weaktr_coarse": "coarse map", "weaktr_class_attention": "class attention x coarse",
@@ -34,9 +34,8 @@ MAPS = {
 def title(network: str, maps: str) -> str:
     """A row's name for readers, such as "ACR, both: gradient maps"; a Segmenter is named by whose labels it had."""
     if maps == MASKS and ENTRIES[network].retrained:
-        return f"Segmenter, {NETWORKS[network]}'s labels"
-    return MAPS[maps] if network == "classifier" else f"{NETWORKS[network]}: {MAPS[maps]}"
-
+        return f"Segmenter, {NETWORK_TITLES[network]}'s labels"
+    return MAP_TITLES[maps] if network == "classifier" else f"{NETWORK_TITLES[network]}: {MAP_TITLES[maps]}"
 
 
 def table(rows: list[dict]) -> list[dict]:

@@ -102,7 +102,7 @@ def leaderboard(args: argparse.Namespace) -> None:
     rows = run(root, args.runs, args.out, args.seeds, networks, args.limit, args.device, args.set)
     print(*lines(table(rows)), sep="\n")
     if args.picture:
-        result_picture(args.out).savefig(args.picture, dpi=80)
+        result_picture(args.out, seed=args.seeds[0]).savefig(args.picture, dpi=80)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -6,8 +6,9 @@ from .engine import TrainConfig
 from .recipes import Recipe
 
 # On ToyVOC the backbone has seen the drawn classes in pretraining, so short runs do. plain_attention is off
-# wherever the loss reads attention: its tape sees the fused call only. The thresholds of pseudo labels were chosen by
-# the masks of 200 training pictures, as the papers choose theirs: the one place where a recipe has seen masks.
+# wherever the loss reads attention: its tape sees the fused call only. The thresholds of cam's and acr's pseudo
+# labels were chosen by the masks of 200 training pictures, as the papers choose theirs: the one place where a recipe
+# has seen masks, see data/results/label_threshold_*.json.
 TOY_RECIPES: dict[str, Recipe] = {
     "cam": Recipe(
         "cam", "toyvoc", TrainConfig(300, lr=3e-4), labels={"maps": "cam", "background": 0.25, "refine": "par"},
