@@ -5,13 +5,11 @@ nbval runs each notebook from top to bottom and compares outputs; here is what n
 import ast
 import json
 import re
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -273,34 +271,3 @@ def test_a_small_student_version_runs_to_its_exercise():
 
 def test_the_first_student_version_runs_to_its_first_exercise():
     run_to_first_exercise(read(FIRST))
-
-
-# ---- papermill
-
-
-def execute(path: Path, out: Path, **parameters: object) -> NotebookNode:
-    return papermill.execute_notebook(str(path), str(out / path.name), parameters, kernel_name="python3",
-                                      cwd=str(ROOT), progress_bar=False, execution_timeout=300)
-
-
-@every_notebook
-def test_another_seed_reaches_a_notebook_and_it_runs_to_the_end(path: Path, tmp_path: Path):
-    done = execute(path, tmp_path, SEED=7)
-    injected = [cell for cell in done.cells if tagged(cell, "injected-parameters")]
-    assert len(injected) == 1 and "SEED = 7" in injected[0].source
-    assert all(cell.execution_count for cell in code_cells(done))
-    if sys.platform == "linux":
-        import resource  # other systems have none, or count in other units
-
-        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest kernel so far
-        assert kilobytes < 3 * 2**20, "a Colab machine has 12 GB"
-
-
-@every_notebook
-def test_an_unknown_profile_fails_at_once(path: Path, tmp_path: Path):
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        execute(path, tmp_path, PROFILE="nonsense")
-    assert caught.value.ename == "ValueError"
-    for part in ("PROFILE", "found 'nonsense'", "expected", "toy", "voc"):
-        assert part in caught.value.evalue
-    assert caught.value.exec_count <= 4, "before anything is computed"
